@@ -1,0 +1,634 @@
+"""What the three methods share: the blocks of a Vision Transformer, and the plumbing of a run.
+
+The first half is the model (Dosovitskiy et al. 2021, arXiv 2010.11929). Its parameters carry the names of timm and of
+the published MAE code, so that weights travel both ways. The second half has nothing to teach about any method:
+process group, seeds, schedule, parameter groups, checkpoints, log, command line.
+
+Shapes: B images in the batch, L patches of one image, N tokens in a sequence, D the width of a token, C channels,
+P the side of a patch in pixels, T frames of a clip.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.ops import StochasticDepth
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------- the Vision Transformer
+
+SIZES = {  # width D, blocks, heads
+    "nano": (128, 4, 4),  # not from any paper: for the demos on a CPU
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+
+
+def patchify(images, patch_size):
+    """(B, C, H, W) -> (B, L, P*P*C): patches in raster order, each flattened as (row, column, channel)."""
+    B, C, H, W = images.shape
+    P = patch_size
+    patches = images.reshape(B, C, H // P, P, W // P, P)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // P) * (W // P), P * P * C)
+
+
+def unpatchify(patches, patch_size, grid):
+    """The inverse of `patchify`: (B, L, P*P*C) -> (B, C, H, W), where grid = (H/P, W/P)."""
+    B, P, (rows, columns) = len(patches), patch_size, grid
+    images = patches.reshape(B, rows, columns, P, P, -1)
+    return images.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * P, columns * P)
+
+
+def sincos_1d(dim, positions):
+    """Sine-cosine code of numbers, (N,) -> (N, dim) in float64: sines in the first half, cosines in the second."""
+    frequencies = 1 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angles = positions.double()[:, None] * frequencies  # (N, dim/2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_2d(dim, grid):
+    """Position table (L, dim) of a grid (rows, columns); dim is a multiple of 4.
+
+    The *column* is coded in the first half and the row in the second, as in the published MAE table.
+    """
+    row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    return torch.cat([sincos_1d(dim // 2, column.flatten()), sincos_1d(dim // 2, row.flatten())], dim=1).float()
+
+
+def sincos_3d(dim, grid):
+    """Position table (L, dim) of a grid (times, rows, columns).
+
+    Time, row and column get the same share of the vector, rounded up to an even number and cut to dim at the end
+    ("uniform_power" in the published V-JEPA configurations).
+    """
+    axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    share = math.ceil(dim / 6) * 2
+    return torch.cat([sincos_1d(share, axis.flatten()) for axis in axes], dim=1)[:, :dim].float()
+
+
+def resize_positions(table, old_grid, new_grid):
+    """Interpolate a position table (1, [1 +] L, D) to another grid: bicubic in space, linear in time.
+
+    A row for the class token, if there is one, stays as it is. Grids are (rows, columns) or (times, rows, columns).
+    """
+    if tuple(old_grid) == tuple(new_grid):
+        return table
+    extra, table = table.split([table.shape[1] - math.prod(old_grid), math.prod(old_grid)], dim=1)
+    table = table.reshape(-1, *old_grid[-2:], table.shape[-1]).permute(0, 3, 1, 2)  # (times, D, rows, columns)
+    table = F.interpolate(table, size=tuple(new_grid[-2:]), mode="bicubic", align_corners=False)
+    if len(old_grid) == 3 and old_grid[0] != new_grid[0]:
+        by_place = table.permute(2, 3, 1, 0).flatten(0, 1)  # (rows*columns, D, times)
+        by_place = F.interpolate(by_place, size=new_grid[0], mode="linear", align_corners=False)
+        table = by_place.unflatten(0, tuple(new_grid[-2:])).permute(3, 2, 0, 1)
+    return torch.cat([extra, table.permute(0, 2, 3, 1).reshape(1, -1, table.shape[1])], dim=1)
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of patches, or of tubelets (`tubelet` frames of a patch) where frames > 1.
+
+    (B, C, H, W) or (B, C, T, H, W) -> (B, L, D), in raster order with time first.
+    """
+
+    def __init__(self, patch_size, channels, dim, frames=1, tubelet=1):
+        super().__init__()
+        if frames > 1:
+            kernel = (tubelet, patch_size, patch_size)
+            self.proj = nn.Conv3d(channels, dim, kernel_size=kernel, stride=kernel)
+        else:
+            self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixels):
+        return self.proj(pixels).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. `drop_path` is the chance that a sample skips a branch (stochastic depth)."""
+
+    def __init__(self, dim, heads, drop_path=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, 4 * dim)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """Vision Transformer: the encoder of all three methods, and the classifier that fine-tuning makes of it.
+
+    size: a key of SIZES; image_size: pixels, an int or (H, W), a multiple of patch_size.
+    frames > 1 makes it a video model whose tokens span `tubelet` frames.
+    class_token: put a learned token before the patches; learned_positions: else the fixed sine-cosine table.
+    pool: "class" (final `norm`, then the class token) or "mean" (mean of the patch tokens, then `fc_norm`).
+    num_classes: 0 returns the pooled features (B, D), else logits (B, num_classes).
+    drop_path: rate of the last block; it rises linearly from 0 at the first.
+    """
+
+    def __init__(self, size="base", image_size=224, patch_size=16, channels=3, frames=1, tubelet=1, class_token=True,
+                 learned_positions=False, pool="class", num_classes=0, drop_path=0.0):
+        super().__init__()
+        dim, depth, heads = SIZES[size]
+        self.image_size, self.grid = grid_of(image_size, patch_size, frames, tubelet)
+        self.patch_size, self.pool, self.dim = patch_size, pool, dim
+
+        self.patch_embed = PatchEmbed(patch_size, channels, dim, frames, tubelet)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        table = sincos_3d(dim, self.grid) if frames > 1 else sincos_2d(dim, self.grid)
+        table = F.pad(table, (0, 0, int(class_token), 0))[None]  # the class token's position is a row of zeros
+        self.pos_embed = nn.Parameter(table, requires_grad=learned_positions)
+        self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / (depth - 1)) for i in range(depth))
+        self.norm = nn.Identity() if pool == "mean" else nn.LayerNorm(dim, eps=1e-6)
+        self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for token in (self.cls_token, self.pos_embed):
+            if token is not None and token.requires_grad:
+                nn.init.trunc_normal_(token, std=0.02)
+
+    def embed(self, pixels):
+        """Patch tokens with their positions, without the class token: (B, C, [T,] H, W) -> (B, L, D)."""
+        return self.patch_embed(pixels) + self.pos_embed[:, -math.prod(self.grid):]
+
+    def add_class_token(self, x):
+        """(B, N, D) -> (B, 1 + N, D)."""
+        return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+
+    def tokens(self, pixels):
+        """All tokens after the last block and `norm`, the class token first: (B, [1 +] L, D)."""
+        x = self.embed(pixels)
+        if self.cls_token is not None:
+            x = self.add_class_token(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, pixels):
+        x = self.tokens(pixels)
+        x = x[:, -math.prod(self.grid):].mean(dim=1) if self.pool == "mean" else x[:, 0]
+        return self.head(self.fc_norm(x))
+
+    @staticmethod
+    def load(path, **changes):
+        """Build a ViT from a checkpoint of ours or a published one, and load its weights.
+
+        The architecture is read off the file; `changes` overrides what a ViT takes, for instance num_classes=10,
+        pool="mean", drop_path=0.1 or image_size=(192, 256). Positions are interpolated to another size; a head, and
+        the norm before it, start anew where the file has none that fits. Raises UserError if the file does not fit.
+        """
+        weights, settings = read_weights(path)
+        old = describe(weights, settings, path)
+        vit = ViT(**{**old, **changes})
+        own = vit.state_dict()
+        weights["pos_embed"] = resize_positions(
+            weights["pos_embed"], grid_of(old["image_size"], old["patch_size"])[1], vit.grid)
+        for name in [name for name in own if name.split(".")[0] in ("norm", "fc_norm", "head")]:
+            if name not in weights or weights[name].shape != own[name].shape:
+                weights[name] = own[name]
+        # A checkpoint of a whole method holds more than its encoder; everything that the encoder has must be there.
+        extra = ("decoder", "mask_token", "norm.", "fc_norm.", "head.")
+        weights = {name: w for name, w in weights.items() if name in own or not name.startswith(extra)}
+        load_strictly(vit, weights, path)
+        return vit
+
+
+def height_and_width(image_size):
+    """An image size, which is an int or (H, W), as (H, W)."""
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
+
+def grid_of(image_size, patch_size, frames=1, tubelet=1):
+    """((H, W) in pixels, grid of tokens): the grid is (rows, columns), led by the time steps where frames > 1."""
+    height, width = height_and_width(image_size)
+    if height % patch_size or width % patch_size or min(height, width) <= 0:
+        raise UserError(f"image size {height}x{width} is not a multiple of the patch size {patch_size}")
+    if frames % tubelet:
+        raise UserError(f"{frames} frames are not a multiple of the tubelet of {tubelet}")
+    times = (frames // tubelet,) if frames > 1 else ()
+    return (height, width), (*times, height // patch_size, width // patch_size)
+
+
+# ------------------------------------------------------------------------------------------------ weights, checkpoints
+
+
+class UserError(Exception):
+    """Something that the user gave is wrong: `run_main` prints the sentence, without a traceback, and exits with 2."""
+
+
+def read_checkpoint(path):
+    """The dictionary in a checkpoint file. Only tensors and plain values are read: nothing in the file is executed."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
+        raise UserError(f"{path} is broken or is not a checkpoint of tensors and plain values") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds no weights by name")
+    return checkpoint
+
+
+def read_weights(path):
+    """(weights by name, settings of the run or {}) of a checkpoint of ours or a published one."""
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint.get("settings", {})
+    weights = checkpoint.get("model", checkpoint)
+    return dict(weights), settings
+
+
+def describe(weights, settings, path):
+    """The arguments of the ViT that `weights` belong to, read off names and shapes (settings: see `read_weights`)."""
+    try:
+        dim, channels, *_, patch_size = weights["patch_embed.proj.weight"].shape
+        class_token = "cls_token" in weights
+        patches = weights["pos_embed"].shape[1] - class_token
+        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+        size = next(size for size, (width, blocks, _) in SIZES.items() if (width, blocks) == (dim, depth))
+    except (KeyError, AttributeError, ValueError, StopIteration):
+        raise UserError(f"{path} is not a checkpoint of a Vision Transformer of a size known here") from None
+    return {
+        "size": size, "channels": channels, "patch_size": patch_size, "class_token": class_token,
+        "image_size": settings.get("image_size") or patch_size * math.isqrt(patches),
+        "pool": "mean" if "fc_norm.weight" in weights else "class",
+        "num_classes": len(weights["head.weight"]) if "head.weight" in weights else 0,
+    }
+
+
+def load_strictly(model, weights, path):
+    """Load every parameter, or raise a UserError that names the first missing and unexpected ones."""
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    misshaped = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    if missing or unexpected or misshaped:
+        faults = [(missing, "lacks"), (unexpected, "has the unexpected"), (misshaped, "has another shape for")]
+        raise UserError(f"{path} does not fit this model: it " + "; it ".join(
+            f"{fault} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            for names, fault in faults if names))
+    model.load_state_dict(weights)
+
+
+def settings_of(args):
+    """What a run depends on, as plain values: all flags but those on where and how it runs."""
+    technical = ("task", "recipe", "out", "fresh", "device", "compile", "workers", "log_every", "save_every", "epochs",
+                 "measure", "eval_only", "image")
+    return {name: value for name, value in vars(args).items() if name not in technical and value is not None}
+
+
+def save_run(args, settings, step, model, optimizer, scaler):
+    """Write DIR/last.pt; under another name first, so that it is whole at every moment. Rank 0 only."""
+    if is_rank_0():
+        path = Path(args.out, "last.pt")
+        with open(path.with_suffix(".partial"), "wb") as file:
+            torch.save({"settings": settings, "step": step, "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path.with_suffix(".partial"), path)
+
+
+def open_run(args, settings, model, optimizer, scaler):
+    """Make the folder --out ready, go on with the run in it if there is one, and return the step to start from.
+
+    A folder with a run of other settings is left alone with a UserError, unless --fresh.
+    """
+    out, first_step = Path(args.out), 0
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is not a folder")
+    if (out / "last.pt").exists() and not args.fresh:
+        checkpoint = read_checkpoint(out / "last.pt")
+        old = checkpoint.get("settings", {})
+        changed = [f"{name} {old.get(name)} there, {new} now" for name, new in settings.items() if old.get(name) != new]
+        if changed:
+            raise UserError(f"{out} holds a run with other settings ({'; '.join(changed[:5])}): "
+                            "give another --out, or --fresh to start over")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        first_step = checkpoint["step"]
+    barrier()
+    if is_rank_0():
+        out.mkdir(parents=True, exist_ok=True)
+        log = out / "log.jsonl"  # the steps after the checkpoint are written anew
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
+        log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= first_step))
+        print(f"step {first_step} of {args.steps} in {out}; " + ", ".join(f"{n}={v}" for n, v in settings.items()))
+    return first_step
+
+
+# -------------------------------------------------------------------------------------------------- processes, seeds
+
+
+def join_processes(device=None):
+    """Join the process group that torchrun's environment describes, or stay alone. Returns (device, rank, processes).
+
+    device: "cuda", "cpu", "mps" or None for the best one there is. NCCL joins GPUs, gloo joins CPUs.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else
+                        "mps" if torch.backends.mps.is_available() else "cpu")
+    if "RANK" not in os.environ:
+        return torch.device(device), 0, 1
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=torch.device(device))
+    else:
+        dist.init_process_group("gloo")
+    return torch.device(device), dist.get_rank(), dist.get_world_size()
+
+
+def is_rank_0():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mix_seed(*numbers):
+    """One 32-bit seed from several non-negative integers, such as (seed, step)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def precision_of(args, device):
+    """(autocast context, GradScaler) for --precision; bf16 where a GPU has it, else fp16 with loss scaling, else fp32."""
+    if args.precision is None:
+        args.precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def no_sync(model, last):
+    """Only the last micro-batch of a step averages the gradients over the processes."""
+    return contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+
+
+# ------------------------------------------------------------------------------------------------ schedule, optimizer
+
+
+def cosine(step, steps, warmup, peak, final=0.0):
+    """Linear warm-up from 0 to `peak` over `warmup` steps, then half a cosine down to `final` at `steps`."""
+    if step < warmup:
+        return peak * step / warmup
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def parameter_groups(model, weight_decay, layer_decay=1.0, no_decay=()):
+    """Parameter groups for AdamW: no weight decay on 1-D parameters nor on those named in `no_decay`.
+
+    With layer_decay, the group of layer l has lr_scale = layer_decay^(depth + 1 - l): the embedding is layer 0, block i
+    is layer i + 1, what follows the blocks is layer depth + 1 (BEiT, arXiv 2106.08254). A step's learning rate is the
+    schedule's times lr_scale.
+    """
+    depth, groups = len(model.blocks), {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith(("patch_embed", "cls_token", "pos_embed")):
+            layer = 0
+        elif name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        else:
+            layer = depth + 1
+        decay = 0.0 if parameter.ndim == 1 or name in no_decay else weight_decay
+        scale = layer_decay ** (depth + 1 - layer)
+        group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def accuracy(model, batches, device, autocast):
+    """(top-1, top-5) in percent over the batches of all processes; images with the label -1 do not count."""
+    hits = torch.zeros(3, device=device)  # in the first 1, in the first 5, images
+    model.eval()
+    for images, labels in batches:
+        labels = labels.to(device, non_blocking=True)[:, None]
+        with autocast:
+            logits = model(images.to(device, non_blocking=True))
+        correct = logits.topk(min(5, logits.shape[1])).indices == labels  # (B, 5)
+        hits += torch.stack([correct[:, 0].sum(), correct.sum(), (labels >= 0).sum()])
+    top1, top5, count = sum_over_processes(hits).tolist()
+    return 100 * top1 / max(1, count), 100 * top5 / max(1, count)
+
+
+def ridge_probe(train_features, train_labels, features, labels, penalty=1e-4):
+    """Accuracy in percent of a linear classifier on frozen features: ridge regression to one-hot labels.
+
+    features (N, D), labels (N,). Closed form, so it needs no tuning and costs no training. Features are standardised
+    by the training set; `penalty` is relative to the number of training samples.
+    """
+    mean, std = train_features.double().mean(0), train_features.double().std(0) + 1e-6
+    x, x_test = ((f.double() - mean) / std for f in (train_features, features))
+    y = F.one_hot(train_labels.long()).double()
+    bias = y.mean(0)
+    gram = x.T @ x + penalty * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    weights = torch.linalg.solve(gram, x.T @ (y - bias))
+    return 100 * ((x_test @ weights + bias).argmax(1) == labels).double().mean().item()
+
+
+# --------------------------------------------------------------------------------------------------- log, command line
+
+
+class Log:
+    """A progress bar on the terminal, a line per record in DIR/log.jsonl, TensorBoard if installed. Rank 0 only."""
+
+    def __init__(self, args, first_step, unit):
+        self.step = self.step_at_mark = first_step
+        self.unit, self.batch_size, self.time = unit, args.batch_size, time.perf_counter()
+        self.bar = tqdm(initial=first_step, total=args.steps, unit="step", disable=not is_rank_0(),
+                        mininterval=0.1 if sys.stderr.isatty() else 30)
+        self.file, self.board = Path(args.out, "log.jsonl"), None
+        if is_rank_0():
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=first_step)
+
+    def step_done(self):
+        self.step += 1
+        self.bar.update()
+
+    def write(self, **values):
+        """Record numbers at this step, with the speed since the last record in samples per second."""
+        now = time.perf_counter()
+        speed = (self.step - self.step_at_mark) * self.batch_size / (now - self.time)
+        values[f"{self.unit}_per_second"] = round(speed, 1)
+        self.step_at_mark, self.time = self.step, now
+        if is_rank_0():
+            self.bar.set_postfix({name.replace("_per_second", "/s"): f"{value:.4g}" for name, value in values.items()})
+            with open(self.file, "a") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            for name, value in values.items() if self.board else ():
+                self.board.add_scalar(name, value, self.step)
+
+    def close(self):
+        self.bar.close()
+        if self.board:
+            self.board.close()
+
+
+def average(losses):
+    """The mean of a list of losses over all processes, as a float; a UserError if it is not finite."""
+    mean = sum_over_processes(torch.stack(losses).mean()) / (dist.get_world_size() if dist.is_initialized() else 1)
+    if not torch.isfinite(mean):
+        raise UserError("the loss is not finite: lower --base-lr, or use --precision bf16 or fp32")
+    return mean.item()
+
+
+def size_in_pixels(text):
+    """'224' -> 224, '192x256' -> (192, 256): height x width."""
+    numbers = tuple(int(number) for number in text.lower().split("x"))
+    if len(numbers) > 2:
+        raise ValueError(text)
+    return numbers if len(numbers) == 2 else numbers[0]
+
+
+FLAGS = {  # of all three scripts: type (a list names the choices), help
+    "data": (str, "folder of images, or cifar10 (default: the photographs that ship with scikit-image)"),
+    "recipe": (["paper", "demo"], "default values of the other flags (default: paper with --data, else demo)"),
+    "init": (str, "checkpoint to start from, of this project or published"),
+    "out": (str, "folder of the run"),
+    "fresh": (bool, "start over in --out instead of going on with the run in it (default: no)"),
+    "device": (["cuda", "cpu", "mps"], "where to compute (default: the best there is)"),
+    "precision": (["bf16", "fp16", "fp32"], "of the matrix products (default: bf16 or fp16 on CUDA, else fp32)"),
+    "compile": (bool, "use torch.compile (default: yes on CUDA)"),
+    "workers": (int, "data loading processes per GPU (default: the CPU cores, 16 at most)"),
+    "seed": (int, "of everything random (default: 0)"),
+    "log_every": (int, "steps between two lines of log.jsonl"),
+    "save_every": (int, "steps between two checkpoints"),
+    "size": (list(SIZES), "of the encoder"),
+    "image_size": (size_in_pixels, "pixels, a number or HEIGHTxWIDTH"),
+    "patch_size": (int, "side of a patch, pixels"),
+    "channels": (int, "of the images (default: 3)"),
+    "mean": (float, "of each channel, in [0, 1] (default: ImageNet's, or measured if there are not 3 channels)"),
+    "std": (float, "standard deviation of each channel, likewise"),
+    "measure": (bool, "measure --mean and --std on 1,000 training images (default: no)"),
+    "steps": (int, "length of the training, optimizer steps"),
+    "epochs": (float, "length of the training, passes over the data (if --steps is not given)"),
+    "batch_size": (int, "global batch: images per optimizer step on all GPUs together"),
+    "accumulate": (int, "split the batch of each GPU into this many passes, to save memory (default: 1)"),
+    "base_lr": (float, "learning rate per 256 images of the global batch"),
+    "warmup": (float, "share of the steps in which the learning rate rises"),
+    "weight_decay": (float, "of AdamW"),
+    "clip_grad": (float, "largest L2 norm of the gradient (default: no limit)"),
+}
+
+
+def parse_command_line(method, description, recipes, flags):
+    """Read `method.py [task] [flags]`. recipes: {task: {flag: (paper's value, demo's value)}}, where a dictionary gives
+    the value by model size; flags: the method's own, as in FLAGS. What --init holds about the model comes before the
+    recipe, and a flag before both.
+    """
+    flags = {**FLAGS, **flags}
+    parser = argparse.ArgumentParser(f"{method}.py", usage="%(prog)s [task] [flags]", description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("task", nargs="?", default="pretrain", choices=recipes, help="(default: pretrain)")
+    for name, (kind, text) in flags.items():
+        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"choices": kind} \
+            if isinstance(kind, list) else {"type": kind, "metavar": kind.__name__.upper()}
+        if name in ("mean", "std"):
+            options["nargs"] = "+"
+        defaults = "; ".join(f"{task} {recipe[name][0]}, {recipe[name][1]}"
+                             for task, recipe in recipes.items() if name in recipe)
+        text += f" (paper, demo: {defaults})" if defaults else ""
+        parser.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **options)
+    args = parser.parse_args()
+
+    values = {"seed": 0, "channels": 3, "accumulate": 1, "fresh": False, "measure": False, "eval_only": False,
+              "out": f"runs/{method}" + (f"-{args.task}" if args.task != "pretrain" else "")}
+    if args.steps is None and args.epochs is not None:
+        values["steps"] = None
+    if args.init:
+        weights, settings = read_weights(args.init)
+        model = describe(weights, settings, args.init)
+        for name in ("size", "patch_size", "channels"):
+            if getattr(args, name) not in (None, model[name]):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not fit {args.init}, "
+                                f"which has {model[name]}")
+        values |= {name: model[name] for name in ("size", "patch_size", "channels", "image_size")}
+        kept = ("mean", "std", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads")
+        values |= {name: settings[name] for name in kept if name in settings}
+    column = (args.recipe or ("paper" if args.data else "demo")) == "demo"
+    size = args.size or values.get("size") or recipes[args.task]["size"][column]
+    for name, recipe in recipes[args.task].items():
+        value = recipe[column]
+        values.setdefault(name, value.get(size, value["base"]) if isinstance(value, dict) else value)
+    for name, value in values.items():
+        if getattr(args, name, 0) is None:
+            setattr(args, name, value)
+    return args
+
+
+def run_main(main):
+    """Run a script's `main`; what the user got wrong is one sentence on stderr and exit code 2."""
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
