@@ -594,6 +594,10 @@ def parse_command_line(method, description, recipes, flags):
         text += f" (paper, demo: {defaults})" if defaults else ""
         parser.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **options)
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        least = 1 if flags.get(name, [None])[0] is int and name not in ("seed", "workers") else 0
+        if isinstance(value, (int, float)) and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value} is less than {least}")
 
     values = {"seed": 0, "channels": 3, "accumulate": 1, "fresh": False, "measure": False, "eval_only": False,
               "out": f"runs/{method}" + (f"-{args.task}" if args.task != "pretrain" else "")}

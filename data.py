@@ -76,6 +76,7 @@ class ImageFiles(Dataset):
         if not found:
             raise UserError(f"there is no image below {root}")
         self.paths, self.labels = zip(*found)
+        self.unreadable = torch.zeros(len(found), dtype=torch.bool).share_memory_()  # one memory for all workers
 
     def __len__(self):
         return len(self.paths)
@@ -219,13 +220,12 @@ class Samples(Dataset):
     """A source with its augmentation: (index, position) -> (image (C, H, W), label).
 
     The augmentation is seeded by (seed, position), where position is the place of the draw in the whole run. Unreadable
-    files are named once and counted in `unreadable`. With `replace` the next readable image takes their place; without,
+    files are named once and counted by their source. With `replace` the next readable image takes their place; without,
     as in a test, which must not count an image twice, they give zeros with the label -1.
     """
 
     def __init__(self, source, transform, seed=0, replace=True):
         self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
-        self.unreadable = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # one memory for all workers
         if not any(self.read(index) for index in range(len(source))):
             raise UserError(f"none of the images can be read, for instance {source.paths[0]}")
 
@@ -233,8 +233,8 @@ class Samples(Dataset):
         try:
             return self.source[index]
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            if not self.unreadable[index]:
-                self.unreadable[index] = True
+            if not self.source.unreadable[index]:
+                self.source.unreadable[index] = True
                 print(f"\nskipped, since it cannot be read: {self.source.paths[index]} "
                       f"({error})", file=sys.stderr)
 
@@ -295,12 +295,12 @@ def test_loader(samples, args, device, rank=0, processes=1, limit=None):
     return DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda")
 
 
-def report_unreadable(samples, device):
-    """Say how many files could not be read in the whole run."""
-    unreadable = samples.unreadable.to(device, torch.int32)
-    count = int((sum_over_processes(unreadable) > 0).sum())
-    if count and is_rank_0():
-        print(f"{count} of {len(unreadable)} files could not be read and were skipped", file=sys.stderr)
+def report_unreadable(source, device):
+    """Say how many files of a source could not be read so far, in all processes together."""
+    if isinstance(source, ImageFiles):
+        unreadable = sum_over_processes(source.unreadable.to(device, torch.int32)) > 0
+        if is_rank_0() and unreadable.any():
+            print(f"{int(unreadable.sum())} of {len(source)} files could not be read and were skipped", file=sys.stderr)
 
 
 def complete(args, source, device, processes=1):

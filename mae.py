@@ -128,9 +128,8 @@ def random_noise(batch, grid, ratio, generator, device):
 def grid_noise(batch, grid, ratio, generator, device):
     """Keeps one patch of every 2 x 2 at the ratio 0.75 (Figure 6); at 0.5 a chessboard. The same for all images."""
     row, column = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
-    order = (row % 2 * 2 + (row + column) % 2).flatten()  # 0 and 2 on the diagonal of a 2 x 2 cell
-    order = torch.tensor([0, 2, 1, 3], device=device)[order]
-    return order + random_noise(batch, grid, ratio, generator, device)
+    order = (row + column) % 2 * 2 + row % 2  # in a 2 x 2 cell: first the one diagonal, then the other
+    return order.flatten() + random_noise(batch, grid, ratio, generator, device)
 
 
 def block_noise(batch, grid, ratio, generator, device):
@@ -313,7 +312,6 @@ def pretrain(args):
         if log.step % args.save_every == 0 or log.step == args.steps:
             save_run(args, settings, log.step, model, optimizer, scaler)
     log.close()
-    data.report_unreadable(samples, device)
 
     if is_rank_0():
         view = data.CentreCrop(args.image_size, args.mean, args.std)
@@ -327,6 +325,7 @@ def pretrain(args):
             print(f"linear probe of the frozen encoder on validation images: {before:.1f} % before training, "
                   f"{after:.1f} % after")
     barrier()
+    data.report_unreadable(train_source, device)
 
 
 def probe(model, train, val, args, device, limit=3000):
@@ -441,8 +440,8 @@ def classify(args):
         if log.step % args.save_every == 0 or log.step == args.steps:
             save_run(args, settings, log.step, model, optimizer, scaler)
     log.close()
-    data.report_unreadable(samples, device)
-    data.report_unreadable(val, device)
+    for source in (train_source, val_source):
+        data.report_unreadable(source, device)
     if is_rank_0() and first_step < args.steps:
         print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl\n"
               f"top-1 {tested['top1']:.2f} %, top-5 {tested['top5']:.2f} % of {len(val_source)} validation images")
