@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -119,6 +118,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
+        if dim % heads:
+            raise UserError(f"a width of {dim} is not a multiple of {heads} attention heads")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -174,7 +175,7 @@ class ViT(nn.Module):
                  learned_positions=False, pool="class", num_classes=0, drop_path=0.0):
         super().__init__()
         dim, depth, heads = SIZES[size]
-        self.image_size, self.grid = grid_of(image_size, patch_size, frames, tubelet)
+        self.grid = grid_of(image_size, patch_size, frames, tubelet)
         self.patch_size, self.pool, self.dim = patch_size, pool, dim
 
         self.patch_embed = PatchEmbed(patch_size, channels, dim, frames, tubelet)
@@ -229,8 +230,8 @@ class ViT(nn.Module):
         old = describe(weights, settings, path)
         vit = ViT(**{**old, **changes})
         own = vit.state_dict()
-        weights["pos_embed"] = resize_positions(
-            weights["pos_embed"], grid_of(old["image_size"], old["patch_size"])[1], vit.grid)
+        old_grid = grid_of(old["image_size"], old["patch_size"])
+        weights["pos_embed"] = resize_positions(weights["pos_embed"], old_grid, vit.grid)
         for name in [name for name in own if name.split(".")[0] in ("norm", "fc_norm", "head")]:
             if name not in weights or weights[name].shape != own[name].shape:
                 weights[name] = own[name]
@@ -247,14 +248,14 @@ def height_and_width(image_size):
 
 
 def grid_of(image_size, patch_size, frames=1, tubelet=1):
-    """((H, W) in pixels, grid of tokens): the grid is (rows, columns), led by the time steps where frames > 1."""
+    """The grid of tokens: (rows, columns), led by the time steps where frames > 1."""
     height, width = height_and_width(image_size)
     if height % patch_size or width % patch_size or min(height, width) <= 0:
         raise UserError(f"image size {height}x{width} is not a multiple of the patch size {patch_size}")
     if frames % tubelet:
         raise UserError(f"{frames} frames are not a multiple of the tubelet of {tubelet}")
     times = (frames // tubelet,) if frames > 1 else ()
-    return (height, width), (*times, height // patch_size, width // patch_size)
+    return *times, height // patch_size, width // patch_size
 
 
 # ------------------------------------------------------------------------------------------------ weights, checkpoints
@@ -267,12 +268,13 @@ class UserError(Exception):
 def read_checkpoint(path):
     """The dictionary in a checkpoint file. Only tensors and plain values are read: nothing in the file is executed."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their arguments in one
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
+    except Exception:  # a damaged file makes the reader fail in many ways
         raise UserError(f"{path} is broken or is not a checkpoint of tensors and plain values") from None
-    if not isinstance(checkpoint, dict):
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", {}), dict):
         raise UserError(f"{path} holds no weights by name")
     return checkpoint
 
@@ -320,8 +322,11 @@ def load_strictly(model, weights, path):
 def settings_of(args):
     """What a run depends on, as plain values: all flags but those on where and how it runs."""
     technical = ("task", "recipe", "out", "fresh", "device", "compile", "workers", "log_every", "save_every", "epochs",
-                 "measure", "eval_only", "image")
-    return {name: value for name, value in vars(args).items() if name not in technical and value is not None}
+                 "measure", "eval_only", "image", "accumulate", "precision")
+    settings = {name: value for name, value in vars(args).items() if name not in technical and value is not None}
+    if args.data and args.data != "cifar10":
+        settings["data"] = str(Path(args.data).resolve())
+    return settings
 
 
 def save_run(args, settings, step, model, optimizer, scaler):
@@ -336,28 +341,40 @@ def save_run(args, settings, step, model, optimizer, scaler):
         os.replace(path.with_suffix(".partial"), path)
 
 
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder --out {path} cannot be made: {error.strerror}") from None
+
+
 def open_run(args, settings, model, optimizer, scaler):
     """Make the folder --out ready, go on with the run in it if there is one, and return the step to start from.
 
     A folder with a run of other settings is left alone with a UserError, unless --fresh.
     """
     out, first_step = Path(args.out), 0
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is not a folder")
     if (out / "last.pt").exists() and not args.fresh:
         checkpoint = read_checkpoint(out / "last.pt")
         old = checkpoint.get("settings", {})
-        changed = [f"{name} {old.get(name)} there, {new} now" for name, new in settings.items() if old.get(name) != new]
+        changed = [f"{name} {old.get(name)} there, {settings.get(name)} now" for name in {**old, **settings}
+                   if old.get(name) != settings.get(name)]
         if changed:
             raise UserError(f"{out} holds a run with other settings ({'; '.join(changed[:5])}): "
                             "give another --out, or --fresh to start over")
-        model.load_state_dict(checkpoint["model"])
+        load_strictly(model, checkpoint["model"], out / "last.pt")
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # it is empty unless the run was in fp16
+            scaler.load_state_dict(checkpoint["scaler"])
         first_step = checkpoint["step"]
-    barrier()
+    make_folder(out)
+    device = next(model.parameters()).device
+    steps = sum_over_processes(torch.tensor([first_step, 1], device=device)).tolist()
+    if steps[0] != first_step * steps[1]:
+        raise UserError(f"not all processes see the same {out}/last.pt: --out must be a folder that all machines share")
     if is_rank_0():
-        out.mkdir(parents=True, exist_ok=True)
+        if args.fresh and (out / "last.pt").exists():
+            os.replace(out / "last.pt", out / "last.old.pt")
         log = out / "log.jsonl"  # the steps after the checkpoint are written anew
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
         log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= first_step))
@@ -375,6 +392,8 @@ def join_processes(device=None):
     """
     device = device or ("cuda" if torch.cuda.is_available() else
                         "mps" if torch.backends.mps.is_available() else "cpu")
+    if not {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device, lambda: True)():
+        raise UserError(f"this machine has no device {device}")
     if "RANK" not in os.environ:
         return torch.device(device), 0, 1
     if device == "cuda":
@@ -463,6 +482,8 @@ def accuracy(model, batches, device, autocast):
     """(top-1, top-5) in percent over the batches of all processes; images with the label -1 do not count."""
     hits = torch.zeros(3, device=device)  # in the first 1, in the first 5, images
     model.eval()
+    for buffer in model.buffers() if dist.is_initialized() else ():  # BatchNorm's statistics, as the checkpoint has them
+        dist.broadcast(buffer, 0)
     for images, labels in batches:
         labels = labels.to(device, non_blocking=True)[:, None]
         with autocast:
@@ -595,11 +616,16 @@ def parse_command_line(method, description, recipes, flags):
         parser.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **options)
     args = parser.parse_args()
     for name, value in vars(args).items():
-        least = 1 if flags.get(name, [None])[0] is int and name not in ("seed", "workers") else 0
-        if isinstance(value, (int, float)) and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value} is less than {least}")
+        if name in flags and value is not None:
+            written = f"--{name.replace('_', '-')}"
+            least = 1 if flags[name][0] is int and name not in ("seed", "workers") else 0
+            most = 1 if name in ("mask_ratio", "warmup", "drop_path", "erasing", "smoothing") else math.inf
+            if isinstance(value, (int, float)) and not least <= value <= most:
+                raise UserError(f"{written} {value} is not a number from {least} to {most}")
+            if name not in FLAGS and name not in recipes[args.task]:
+                raise UserError(f"{args.task} does not use {written}")
 
-    values = {"seed": 0, "channels": 3, "accumulate": 1, "fresh": False, "measure": False, "eval_only": False,
+    values = {"seed": 0, "channels": 3, "accumulate": 1, "fresh": False, "measure": False,
               "out": f"runs/{method}" + (f"-{args.task}" if args.task != "pretrain" else "")}
     if args.steps is None and args.epochs is not None:
         values["steps"] = None
@@ -611,6 +637,8 @@ def parse_command_line(method, description, recipes, flags):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not fit {args.init}, "
                                 f"which has {model[name]}")
         values |= {name: model[name] for name in ("size", "patch_size", "channels", "image_size")}
+        if args.eval_only:
+            values["pool"] = model["pool"]
         kept = ("mean", "std", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads")
         values |= {name: settings[name] for name in kept if name in settings}
     column = (args.recipe or ("paper" if args.data else "demo")) == "demo"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import InterpolationMode, v2
 
@@ -95,9 +95,13 @@ def read_image(path, channels=3):
             return image.convert("RGB" if channels == 3 else "L")
         array = np.asarray(image)
     array = array[..., None] if array.ndim == 2 else array
+    if array.shape[-1] == 1 and channels == 3:  # 16-bit grey
+        array = array.repeat(3, axis=-1)
     if array.ndim != 3 or array.shape[2] != channels:
         raise ValueError(f"it has the shape {array.shape}, not {channels} channels")
     scale = np.iinfo(array.dtype).max if array.dtype.kind in "ui" else 1  # integers to [0, 1], real numbers as they are
+    if not np.isfinite(array).all():
+        raise ValueError("it has values that are not finite")
     return torch.from_numpy((array / scale).astype(np.float32)).permute(2, 0, 1)
 
 
@@ -128,15 +132,12 @@ def open_sources(data, channels=3, labelled=True):
         raise UserError(f"there is no folder {root}")
     train = root / "train" if (root / "train").is_dir() else root
     val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    if train == root or val is None:
+    classes, val_classes = (sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if folder else []
+                            for folder in (train, val))
+    if train == root or not classes or not val_classes:
         if labelled:
             raise UserError(f"{root} needs the folders train/<class>/ and val/<class>/ (or test/<class>/)")
         return ImageFiles(train, channels), None, None
-    classes, val_classes = (sorted(p.name for p in folder.iterdir() if p.is_dir()) for folder in (train, val))
-    if not classes and not labelled:
-        return ImageFiles(train, channels), None, None
-    if not classes:
-        raise UserError(f"{train} has no class folders")
     unknown = [name for name in val_classes if name not in classes]
     if unknown:
         raise UserError(f"{val} has the class folder {unknown[0]}, which {train} lacks")
@@ -232,7 +233,9 @@ class Samples(Dataset):
     def read(self, index):
         try:
             return self.source[index]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # damaged files make the decoders fail in many ways
+            if not isinstance(self.source, ImageFiles):
+                raise
             if not self.source.unreadable[index]:
                 self.source.unreadable[index] = True
                 print(f"\nskipped, since it cannot be read: {self.source.paths[index]} "
@@ -305,17 +308,20 @@ def report_unreadable(source, device):
 
 def complete(args, source, device, processes=1):
     """Check and fill in what depends on the data and the machine: mean and deviation, steps, workers, compile."""
+    if bool(args.mean) != bool(args.std):
+        raise UserError("give both --mean and --std, or neither")
     if args.measure or (not args.mean and args.channels != 3):
         args.mean, args.std = measure_mean_and_std(source, args.image_size)
     args.mean, args.std = list(args.mean or IMAGENET_MEAN), list(args.std or IMAGENET_STD)
-    if len(args.mean) != args.channels or len(args.std) != args.channels or min(args.std) <= 0:
+    if len(args.mean) != args.channels or len(args.std) != args.channels or not min(args.std) > 0:
         raise UserError(f"--mean and --std need {args.channels} numbers each, one a channel, and --std positive ones")
     if args.batch_size and args.batch_size % (args.accumulate * processes):
         raise UserError(f"a batch of {args.batch_size} cannot be shared by {processes} processes "
                         f"in {args.accumulate} passes each")
-    if args.steps is None and args.epochs:
-        args.steps = math.ceil(args.epochs * len(source) / args.batch_size)
+    if args.steps is None and args.batch_size:
+        args.steps = max(1, math.ceil(args.epochs * len(source) / args.batch_size))
     if args.workers is None:
-        args.workers = min(16, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if args.compile is None:
         args.compile = device.type == "cuda"

@@ -31,7 +31,7 @@ from torchvision.utils import make_grid, save_image
 
 import data
 from common import (Block, Log, UserError, ViT, accuracy, average, barrier, cosine, grid_of, is_rank_0, join_processes,
-                    load_strictly, mix_seed, no_sync, open_run, parameter_groups, parse_command_line, patchify,
+                    load_strictly, make_folder, mix_seed, no_sync, open_run, parameter_groups, parse_command_line, patchify,
                     precision_of, read_weights, ridge_probe, run_main, save_run, settings_of, sincos_2d, unpatchify)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below; a dictionary gives values by model size.
@@ -74,6 +74,7 @@ RECIPES = {
         "mixup": (0.8, 0.0),
         "cutmix": (1.0, 0.0),
         "smoothing": (0.1, 0.1),
+        "eval_only": (False, False),
     },
     "linprobe": {  # Table 10
         **MODEL,
@@ -85,9 +86,11 @@ RECIPES = {
         "warmup": ({"base": 10 / 90, "large": 10 / 50, "huge": 10 / 50}, 0.1),
         "weight_decay": (0.0, 0.0),
         "smoothing": (0.0, 0.0),
+        "eval_only": (False, False),
     },
-    "show": {
+    "show": {  # the decoder's shape is for published files; ours know their own
         "size": ("base", "base"),
+        "image": (None, None),
         "decoder_dim": (512, 512),
         "decoder_depth": (8, 8),
         "decoder_heads": (16, 16),
@@ -247,6 +250,9 @@ class MAE(ViT):
 
 def new_model(args):
     """The model before training, the same for the same seed; with --init the one to go on from, ours or published."""
+    grid = grid_of(args.image_size, args.patch_size)
+    if not 0 < kept_patches(grid, args.mask_ratio) < math.prod(grid):
+        raise UserError(f"--mask-ratio {args.mask_ratio} hides none or all of the {math.prod(grid)} patches")
     torch.manual_seed(args.seed)
     model = MAE(args.size, args.image_size, args.patch_size, args.channels, args.norm_pix_loss, args.decoder_dim,
                 args.decoder_depth, args.decoder_heads)
@@ -261,9 +267,6 @@ def new_model(args):
 
 def pretrain(args):
     device, rank, processes = join_processes(args.device)
-    grid = grid_of(args.image_size, args.patch_size)[1]
-    if not 0 < kept_patches(grid, args.mask_ratio) < math.prod(grid):
-        raise UserError(f"--mask-ratio {args.mask_ratio} hides none or all of the {math.prod(grid)} patches")
     train_source, val_source, classes = data.open_sources(args.data, args.channels, labelled=False)
     data.complete(args, train_source, device, processes)
     augmentation = data.crop_and_flip(args.image_size, args.mean, args.std, scale=(0.2, 1.0))
@@ -289,7 +292,7 @@ def pretrain(args):
 
         # Every process draws the masks of the whole batch and takes its rows: their number does not change the run.
         generator.manual_seed(mix_seed(args.seed, step))
-        noise = MASKINGS[args.masking](args.batch_size, grid, args.mask_ratio, generator, device)
+        noise = MASKINGS[args.masking](args.batch_size, model.grid, args.mask_ratio, generator, device)
         for part in range(args.accumulate):
             rows = data.rows_of_process(args.batch_size, args.accumulate, part, rank, processes)
             images = next(batches)[0].to(device, non_blocking=True)
@@ -306,10 +309,11 @@ def pretrain(args):
         optimizer.zero_grad(set_to_none=True)
 
         log.step_done()
-        if log.step % args.log_every == 0 or log.step == args.steps:
-            log.write(loss=average(losses), lr=lr)
+        saving = log.step % args.save_every == 0 or log.step == args.steps
+        if saving or log.step % args.log_every == 0:
+            log.write(loss=average(losses), lr=lr)  # stops the run before it saves, if the loss is not finite
             losses = []
-        if log.step % args.save_every == 0 or log.step == args.steps:
+        if saving:
             save_run(args, settings, log.step, model, optimizer, scaler)
     log.close()
 
@@ -376,6 +380,7 @@ def classify(args):
     device, rank, processes = join_processes(args.device)
     train_source, val_source, classes = data.open_sources(args.data, args.channels)
     data.complete(args, train_source, device, processes)
+    args.num_classes = len(classes)
     if args.task == "finetune":
         augmentation = data.strong_augmentation(args.image_size, args.mean, args.std, args.randaugment, args.erasing)
     else:
@@ -391,6 +396,7 @@ def classify(args):
         top1, top5 = accuracy(model, val_batches, device, autocast)
         if is_rank_0():
             print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(val_source)} validation images")
+        data.report_unreadable(val_source, device)
         return
 
     if args.task == "finetune":
@@ -398,7 +404,7 @@ def classify(args):
         optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
         mix = data.mix_up_and_cut_mix(len(classes), args.mixup, args.cutmix)
     else:
-        optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), momentum=0.9)
+        optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), momentum=0.9, fused=device.type == "cuda")
         mix = data.mix_up_and_cut_mix(len(classes), 0, 0)
     settings = settings_of(args)
     first_step = open_run(args, settings, model, optimizer, scaler)
@@ -434,10 +440,11 @@ def classify(args):
         tested = {}
         if log.step % max(1, len(train_source) // args.batch_size) == 0 or log.step == args.steps:  # each epoch
             tested["top1"], tested["top5"] = accuracy(model, val_batches, device, autocast)
-        if tested or log.step % args.log_every == 0:
+        saving = log.step % args.save_every == 0 or log.step == args.steps
+        if tested or saving or log.step % args.log_every == 0:
             log.write(loss=average(losses), lr=lr, **tested)
             losses = []
-        if log.step % args.save_every == 0 or log.step == args.steps:
+        if saving:
             save_run(args, settings, log.step, model, optimizer, scaler)
     log.close()
     for source in (train_source, val_source):
@@ -467,6 +474,9 @@ def save_picture(path, model, images, args):
     rows = [patches, torch.where(hidden, grey, patches), torch.where(hidden, pred * std + mean, patches)]
     rows = torch.stack([unpatchify(row, model.patch_size, model.grid) for row in rows], dim=1).flatten(0, 1).cpu()
     rows = rows * torch.tensor(args.std).view(-1, 1, 1) + torch.tensor(args.mean).view(-1, 1, 1)
+    if args.channels not in (1, 3):  # no photograph: stretch what the originals hold to the range of a picture
+        low, high = rows[::3].amin((0, 2, 3), keepdim=True), rows[::3].amax((0, 2, 3), keepdim=True)
+        rows = (rows - low) / (high - low).clamp(min=1e-6)
     rows = rows[:, :3] if rows.shape[1] >= 3 else rows[:, :1]
     zoom = max(1, 160 // rows.shape[-1])
     rows = F.interpolate(rows.clamp(0, 1), scale_factor=zoom, mode="nearest")
@@ -484,9 +494,9 @@ def show(args):
         source = val_source or train_source
     data.complete(args, source, torch.device("cpu"))
     samples = data.Samples(source, data.CentreCrop(args.image_size, args.mean, args.std))
-    path = Path(args.out, "reconstruction.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_picture(path, new_model(args), [samples[i, 0][0] for i in data.evenly(len(source), 8)], args)
+    model, path = new_model(args), Path(args.out, "reconstruction.png")
+    make_folder(args.out)
+    save_picture(path, model, [samples[i, 0][0] for i in data.evenly(len(source), 8)], args)
     print(f"picture {path}")
 
 
