@@ -427,7 +427,7 @@ def mix_seed(*numbers):
 
 
 def precision_of(args, device):
-    """(autocast context, GradScaler) for --precision; bf16 where a GPU has it, else fp16 with loss scaling, else fp32."""
+    """(autocast context, GradScaler) for --precision: by default bf16 if the GPU has it, else fp16; fp32 on a CPU."""
     if args.precision is None:
         args.precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
@@ -482,7 +482,7 @@ def accuracy(model, batches, device, autocast):
     """(top-1, top-5) in percent over the batches of all processes; images with the label -1 do not count."""
     hits = torch.zeros(3, device=device)  # in the first 1, in the first 5, images
     model.eval()
-    for buffer in model.buffers() if dist.is_initialized() else ():  # BatchNorm's statistics, as the checkpoint has them
+    for buffer in model.buffers() if dist.is_initialized() else ():  # BatchNorm's statistics: those of the checkpoint
         dist.broadcast(buffer, 0)
     for images, labels in batches:
         labels = labels.to(device, non_blocking=True)[:, None]

@@ -69,20 +69,25 @@ class ImageFiles(Dataset):
     def __init__(self, root, channels=3, classes=None):
         self.channels, self.classes = channels, classes
         folders = [root] if classes is None else [Path(root, name) for name in classes]
-        found = sorted((Path(where, name), label) for label, folder in enumerate(folders)
+        found = sorted((os.path.join(where, name), label) for label, folder in enumerate(folders)
                        for where, _, names in os.walk(folder, followlinks=True)
-                       for name in names if Path(name).suffix.lower() in IMAGE_FILES)
-        found = [(Path(root), 0)] if Path(root).is_file() else found
+                       for name in names if os.path.splitext(name)[1].lower() in IMAGE_FILES)
+        found = [(root, 0)] if Path(root).is_file() else found
         if not found:
             raise UserError(f"there is no image below {root}")
-        self.paths, self.labels = zip(*found)
+        # Arrays and not lists: workers share their memory, where each would end up with a copy of a list's objects.
+        self.names = np.array([os.fsencode(name) for name, _ in found])
+        self.labels = np.array([label for _, label in found])
         self.unreadable = torch.zeros(len(found), dtype=torch.bool).share_memory_()  # one memory for all workers
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, index):
-        return read_image(self.paths[index], self.channels), self.labels[index]
+        return read_image(self.path(index), self.channels), int(self.labels[index])
+
+    def path(self, index):
+        return os.fsdecode(self.names[index])
 
 
 def read_image(path, channels=3):
@@ -132,8 +137,8 @@ def open_sources(data, channels=3, labelled=True):
         raise UserError(f"there is no folder {root}")
     train = root / "train" if (root / "train").is_dir() else root
     val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    classes, val_classes = (sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if folder else []
-                            for folder in (train, val))
+    classes, val_classes = (sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+                            if folder else [] for folder in (train, val))
     if train == root or not classes or not val_classes:
         if labelled:
             raise UserError(f"{root} needs the folders train/<class>/ and val/<class>/ (or test/<class>/)")
@@ -170,7 +175,7 @@ def crop_and_flip(image_size, mean, std, scale):
 def strong_augmentation(image_size, mean, std, randaugment, erasing):
     """Augmentation of supervised fine-tuning: random crop, flip, RandAugment (0 to 10), random erasing (probability)."""
     crop, flip, normalise = crop_and_flip(image_size, mean, std, (0.08, 1.0)).transforms
-    # timm, and with it the papers, counts RandAugment's magnitude to 10, torchvision to 30. Only images have colours.
+    # The papers, as timm, count RandAugment's magnitude to 10, torchvision to 30. It is for 1 or 3 channels only.
     fill = [int(255 * value) for value in mean]
     colours = [v2.RandAugment(2, round(3 * randaugment), interpolation=InterpolationMode.BILINEAR, fill=fill)]
     return v2.Compose([crop, flip, *(colours if randaugment and len(mean) in (1, 3) else []), normalise,
@@ -228,7 +233,7 @@ class Samples(Dataset):
     def __init__(self, source, transform, seed=0, replace=True):
         self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
         if not any(self.read(index) for index in range(len(source))):
-            raise UserError(f"none of the images can be read, for instance {source.paths[0]}")
+            raise UserError(f"none of the images can be read, for instance {source.path(0)}")
 
     def read(self, index):
         try:
@@ -238,7 +243,7 @@ class Samples(Dataset):
                 raise
             if not self.source.unreadable[index]:
                 self.source.unreadable[index] = True
-                print(f"\nskipped, since it cannot be read: {self.source.paths[index]} "
+                print(f"\nskipped, since it cannot be read: {self.source.path(index)} "
                       f"({error})", file=sys.stderr)
 
     def __getitem__(self, item):

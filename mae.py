@@ -1,8 +1,8 @@
 """MAE: "Masked Autoencoders Are Scalable Vision Learners", He et al. 2021, arXiv 2111.06377.
 
-Hide three quarters of an image's patches, encode the visible quarter only, and let a small decoder fill in the pixels of
-the hidden ones from those codes and a learned mask token. To do that well the encoder has to understand the image. It
-never sees a mask token, which makes it both better and three times cheaper; the decoder is thrown away afterwards.
+Hide three quarters of an image's patches, encode the visible quarter only, and let a small decoder fill in the pixels
+of the hidden ones from those codes and a learned mask token. To do that well the encoder has to understand the image.
+It never sees a mask token, which makes it both better and cheaper; the decoder is thrown away afterwards.
 
     images (B, C, H, W)
       | cut into L patches of P x P pixels, project, add positions             (B, L, D)
@@ -30,9 +30,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid, save_image
 
 import data
-from common import (Block, Log, UserError, ViT, accuracy, average, barrier, cosine, grid_of, is_rank_0, join_processes,
-                    load_strictly, make_folder, mix_seed, no_sync, open_run, parameter_groups, parse_command_line, patchify,
-                    precision_of, read_weights, ridge_probe, run_main, save_run, settings_of, sincos_2d, unpatchify)
+from common import (Block, Log, UserError, ViT, accuracy, average, barrier, cosine, grid_of, is_rank_0,
+                    join_processes, load_strictly, make_folder, mix_seed, no_sync, open_run, parameter_groups,
+                    parse_command_line, patchify, precision_of, read_weights, ridge_probe, run_main, save_run,
+                    settings_of, sincos_2d, unpatchify)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below; a dictionary gives values by model size.
 MODEL = {
@@ -404,7 +405,8 @@ def classify(args):
         optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
         mix = data.mix_up_and_cut_mix(len(classes), args.mixup, args.cutmix)
     else:
-        optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), momentum=0.9, fused=device.type == "cuda")
+        groups = parameter_groups(model, args.weight_decay)
+        optimizer = torch.optim.SGD(groups, lr=args.base_lr, momentum=0.9, fused=device.type == "cuda")
         mix = data.mix_up_and_cut_mix(len(classes), 0, 0)
     settings = settings_of(args)
     first_step = open_run(args, settings, model, optimizer, scaler)
