@@ -640,7 +640,8 @@ def parse_command_line(method, description, recipes, flags):
         if args.eval_only:
             values["pool"] = model["pool"]
         kept = ("mean", "std", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads")
-        values |= {name: settings[name] for name in kept if name in settings}
+        values |= {name: settings[name] for name in kept
+                   if name in settings and (name in FLAGS or name in recipes[args.task])}
     column = (args.recipe or ("paper" if args.data else "demo")) == "demo"
     size = args.size or values.get("size") or recipes[args.task]["size"][column]
     for name, recipe in recipes[args.task].items():
