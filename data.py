@@ -173,7 +173,7 @@ def crop_and_flip(image_size, mean, std, scale):
 
 
 def strong_augmentation(image_size, mean, std, randaugment, erasing):
-    """Augmentation of supervised fine-tuning: random crop, flip, RandAugment (0 to 10), random erasing (probability)."""
+    """Augmentation of fine-tuning: random crop, flip, RandAugment (magnitude 0 to 10), erasing (a probability)."""
     crop, flip, normalise = crop_and_flip(image_size, mean, std, (0.08, 1.0)).transforms
     # The papers, as timm, count RandAugment's magnitude to 10, torchvision to 30. It is for 1 or 3 channels only.
     fill = [int(255 * value) for value in mean]
