@@ -619,7 +619,8 @@ def parse_command_line(method, description, recipes, flags):
         if name in flags and value is not None:
             written = f"--{name.replace('_', '-')}"
             least = 1 if flags[name][0] is int and name not in ("seed", "workers") else 0
-            most = 1 if name in ("mask_ratio", "warmup", "drop_path", "erasing", "smoothing") else math.inf
+            most = 10 if name == "randaugment" else 1 if name in (
+                "mask_ratio", "warmup", "drop_path", "erasing", "smoothing") else math.inf
             if isinstance(value, (int, float)) and not least <= value <= most:
                 raise UserError(f"{written} {value} is not a number from {least} to {most}")
             if name not in FLAGS and name not in recipes[args.task]:

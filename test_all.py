@@ -479,6 +479,7 @@ def unknown_class(path):
     (["--mixup", "0.8"], "pretrain does not use --mixup"),
     (["--decoder-heads", "3"], "not a multiple of 3 attention heads"),
     (["--epochs", "nan"], "is not a number"),
+    (["finetune", "--randaugment", "40"], "is not a number from 0 to 10"),
     (["finetune", "--eval-only"], "needs --init"),
     (["--sizes=base"], "unrecognized arguments"),
 ])
