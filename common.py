@@ -9,6 +9,7 @@ P the side of a patch in pixels, T frames of a clip.
 """
 import argparse
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -230,13 +231,13 @@ class ViT(nn.Module):
         old = describe(weights, settings, path)
         vit = ViT(**{**old, **changes})
         own = vit.state_dict()
-        old_grid = grid_of(old["image_size"], old["patch_size"])
+        old_grid = grid_of(old["image_size"], old["patch_size"], old["frames"], old["tubelet"])
         weights["pos_embed"] = resize_positions(weights["pos_embed"], old_grid, vit.grid)
         for name in [name for name in own if name.split(".")[0] in ("norm", "fc_norm", "head")]:
             if name not in weights or weights[name].shape != own[name].shape:
                 weights[name] = own[name]
         # A checkpoint of a whole method holds more than its encoder; everything that the encoder has must be there.
-        extra = ("decoder", "mask_token", "norm.", "fc_norm.", "head.")
+        extra = ("decoder", "mask_token", "pred_head.", "norm.", "fc_norm.", "head.")
         weights = {name: w for name, w in weights.items() if name in own or not name.startswith(extra)}
         load_strictly(vit, weights, path)
         return vit
@@ -290,15 +291,17 @@ def read_weights(path):
 def describe(weights, settings, path):
     """The arguments of the ViT that `weights` belong to, read off names and shapes (settings: see `read_weights`)."""
     try:
-        dim, channels, *_, patch_size = weights["patch_embed.proj.weight"].shape
+        dim, channels, *tubelet, _, patch_size = weights["patch_embed.proj.weight"].shape  # a tubelet if it is video
+        frames, tubelet = (settings.get("frames", 16), tubelet[0]) if tubelet else (1, 1)
         class_token = "cls_token" in weights
-        patches = weights["pos_embed"].shape[1] - class_token
+        patches = (weights["pos_embed"].shape[1] - class_token) // (frames // tubelet)  # of one time step
         depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
         size = next(size for size, (width, blocks, _) in SIZES.items() if (width, blocks) == (dim, depth))
     except (KeyError, AttributeError, ValueError, StopIteration):
         raise UserError(f"{path} is not a checkpoint of a Vision Transformer of a size known here") from None
     return {
-        "size": size, "channels": channels, "patch_size": patch_size, "class_token": class_token,
+        "size": size, "channels": channels, "patch_size": patch_size, "frames": frames, "tubelet": tubelet,
+        "class_token": class_token,
         "image_size": settings.get("image_size") or patch_size * math.isqrt(patches),
         "pool": "mean" if "fc_norm.weight" in weights else "class",
         "num_classes": len(weights["head.weight"]) if "head.weight" in weights else 0,
@@ -322,7 +325,7 @@ def load_strictly(model, weights, path):
 def settings_of(args):
     """What a run depends on, as plain values: all flags but those on where and how it runs."""
     technical = ("task", "recipe", "out", "fresh", "device", "compile", "workers", "log_every", "save_every", "epochs",
-                 "measure", "eval_only", "image", "accumulate", "precision")
+                 "measure", "eval_only", "image", "views", "accumulate", "precision")
     settings = {name: value for name, value in vars(args).items() if name not in technical and value is not None}
     if args.data and args.data != "cifar10":
         settings["data"] = str(Path(args.data).resolve())
@@ -385,6 +388,9 @@ def open_run(args, settings, model, optimizer, scaler):
 # -------------------------------------------------------------------------------------------------- processes, seeds
 
 
+PATIENCE = datetime.timedelta(hours=2)  # the others wait for rank 0 while it draws the picture and runs the probe
+
+
 def join_processes(device=None):
     """Join the process group that torchrun's environment describes, or stay alone. Returns (device, rank, processes).
 
@@ -399,9 +405,9 @@ def join_processes(device=None):
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=torch.device(device))
+        dist.init_process_group("nccl", device_id=torch.device(device), timeout=PATIENCE)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
     return torch.device(device), dist.get_rank(), dist.get_world_size()
 
 
@@ -479,15 +485,21 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, no_decay=()):
 
 @torch.no_grad()
 def accuracy(model, batches, device, autocast):
-    """(top-1, top-5) in percent over the batches of all processes; images with the label -1 do not count."""
-    hits = torch.zeros(3, device=device)  # in the first 1, in the first 5, images
+    """(top-1, top-5) in percent over the batches of all processes; samples with the label -1 do not count.
+
+    Of several clips of a video, (B, views, C, T, H, W), the logits are averaged.
+    """
+    hits = torch.zeros(3, device=device)  # in the first 1, in the first 5, samples
     model.eval()
     for buffer in model.buffers() if dist.is_initialized() else ():  # BatchNorm's statistics: those of the checkpoint
         dist.broadcast(buffer, 0)
-    for images, labels in batches:
-        labels = labels.to(device, non_blocking=True)[:, None]
+    for pixels, labels in batches:
+        labels, pixels = labels.to(device, non_blocking=True)[:, None], pixels.to(device, non_blocking=True)
         with autocast:
-            logits = model(images.to(device, non_blocking=True))
+            if pixels.ndim == 6:
+                logits = model(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).mean(dim=1)
+            else:
+                logits = model(pixels)
         correct = logits.topk(min(5, logits.shape[1])).indices == labels  # (B, 5)
         hits += torch.stack([correct[:, 0].sum(), correct.sum(), (labels >= 0).sum()])
     top1, top5, count = sum_over_processes(hits).tolist()
@@ -566,7 +578,7 @@ def size_in_pixels(text):
 
 
 FLAGS = {  # of all three scripts: type (a list names the choices), help
-    "data": (str, "folder of images, or cifar10 (default: the photographs that ship with scikit-image)"),
+    "data": (str, "folder of images or videos, list of paths, or cifar10 (default: what ships with scikit-image)"),
     "recipe": (["paper", "demo"], "default values of the other flags (default: paper with --data, else demo)"),
     "init": (str, "checkpoint to start from, of this project or published"),
     "out": (str, "folder of the run"),
@@ -587,9 +599,9 @@ FLAGS = {  # of all three scripts: type (a list names the choices), help
     "measure": (bool, "measure --mean and --std on 1,000 training images (default: no)"),
     "steps": (int, "length of the training, optimizer steps"),
     "epochs": (float, "length of the training, passes over the data (if --steps is not given)"),
-    "batch_size": (int, "global batch: images per optimizer step on all GPUs together"),
+    "batch_size": (int, "global batch: samples per optimizer step on all GPUs together"),
     "accumulate": (int, "split the batch of each GPU into this many passes, to save memory (default: 1)"),
-    "base_lr": (float, "learning rate per 256 images of the global batch"),
+    "base_lr": (float, "learning rate per 256 samples of the global batch"),
     "warmup": (float, "share of the steps in which the learning rate rises"),
     "weight_decay": (float, "of AdamW"),
     "clip_grad": (float, "largest L2 norm of the gradient (default: no limit)"),
@@ -598,8 +610,8 @@ FLAGS = {  # of all three scripts: type (a list names the choices), help
 
 def parse_command_line(method, description, recipes, flags):
     """Read `method.py [task] [flags]`. recipes: {task: {flag: (paper's value, demo's value)}}, where a dictionary gives
-    the value by model size; flags: the method's own, as in FLAGS. What --init holds about the model comes before the
-    recipe, and a flag before both.
+    the value by model size, or for "image" and "video"; flags: the method's own, as in FLAGS. What --init holds about
+    the model comes before the recipe, and a flag before both.
     """
     flags = {**FLAGS, **flags}
     parser = argparse.ArgumentParser(f"{method}.py", usage="%(prog)s [task] [flags]", description=description,
@@ -633,21 +645,25 @@ def parse_command_line(method, description, recipes, flags):
     if args.init:
         weights, settings = read_weights(args.init)
         model = describe(weights, settings, args.init)
-        for name in ("size", "patch_size", "channels"):
-            if getattr(args, name) not in (None, model[name]):
+        for name in ("size", "patch_size", "channels", "tubelet"):
+            if getattr(args, name, None) not in (None, model[name]):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not fit {args.init}, "
                                 f"which has {model[name]}")
-        values |= {name: model[name] for name in ("size", "patch_size", "channels", "image_size")}
+        values |= {name: model[name] for name in ("size", "patch_size", "channels", "image_size", "frames", "tubelet")}
         if args.eval_only:
             values["pool"] = model["pool"]
-        kept = ("mean", "std", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads")
+        kept = ("mean", "std", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads", "target", "cell",
+                "stride", *(("masking", "mask_ratio") if args.task == "show" else ()))
         values |= {name: settings[name] for name in kept
                    if name in settings and (name in FLAGS or name in recipes[args.task])}
     column = (args.recipe or ("paper" if args.data else "demo")) == "demo"
     size = args.size or values.get("size") or recipes[args.task]["size"][column]
+    video = (getattr(args, "frames", None) or values.get("frames", 1)) > 1
     for name, recipe in recipes[args.task].items():
         value = recipe[column]
-        values.setdefault(name, value.get(size, value["base"]) if isinstance(value, dict) else value)
+        while isinstance(value, dict):
+            value = value["video" if video else "image"] if "image" in value else value.get(size, value["base"])
+        values.setdefault(name, value)
     for name, value in values.items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)

@@ -1,12 +1,13 @@
-"""Images in, batches out: the photographs that ship with scikit-image, image folders, CIFAR-10.
+"""Images and clips in, batches out: the photographs that ship with scikit-image, folders of images or videos, CIFAR-10.
 
-A *source* is a map-style dataset of (image, label): a PIL image, or a float tensor (C, H, W) where there are not 1 or 3
-channels. `Samples` adds the augmentation, `step_batches` decides which samples make up which step. Every draw of a
-sample has its own seed, so what a step sees depends on (seed, step) alone: not on the number of workers or processes,
-nor on whether the run was interrupted.
+A *source* is a map-style dataset of (pixels, label): a PIL image, a float tensor (C, H, W) where there are not 1 or 3
+channels, or a clip (T, C, H, W) of bytes. `Samples` adds the augmentation, `step_batches` decides which samples make up
+which step. Every draw of a sample has its own seed, so what a step sees depends on (seed, step) alone: not on the
+number of workers or processes, nor on whether the run was interrupted.
 """
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import InterpolationMode, v2
 
@@ -21,6 +23,7 @@ from common import UserError, barrier, height_and_width, is_rank_0, mix_seed, su
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy"}
+VIDEO_FILES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"}
 
 # ------------------------------------------------------------------------------------------------------------ sources
 
@@ -63,18 +66,63 @@ class Photographs(Dataset):
         return region.crop((left, top, left + side, top + side)), label
 
 
-class ImageFiles(Dataset):
-    """All images below a folder, at any depth; given class names, below the folders of these names in it."""
+class Clips(Dataset):
+    """Clips of a virtual camera that moves over the photographs: pans in 8 directions, zooms, rolls. No download.
 
-    def __init__(self, root, channels=3, classes=None):
-        self.channels, self.classes = channels, classes
-        folders = [root] if classes is None else [Path(root, name) for name in classes]
-        found = sorted((os.path.join(where, name), label) for label, folder in enumerate(folders)
-                       for where, _, names in os.walk(folder, followlinks=True)
-                       for name in names if os.path.splitext(name)[1].lower() in IMAGE_FILES)
-        found = [(root, 0)] if Path(root).is_file() else found
-        if not found:
-            raise UserError(f"there is no image below {root}")
+    A clip is (T, C, 64, 64). Its label is the photograph, the motion, or both: label = photograph * 12 + motion.
+    The regions of training and validation are those of `Photographs`, at half their size.
+    """
+    motions = [f"pan {direction}" for direction in ("right", "down right", "down", "down left", "left", "up left", "up",
+                                                    "up right")] + ["zoom in", "zoom out", "roll left", "roll right"]
+    side = 64  # pixels of a frame
+
+    def __init__(self, train, frames, channels=3, label=None, length=6000):
+        regions = Photographs(train, channels).regions
+        self.regions = [region.resize((region.width // 2, region.height // 2), Image.LANCZOS) for region in regions]
+        self.frames, self.label, self.length = frames, label, length
+        both = [f"{photograph}, {motion}" for photograph in Photographs.classes for motion in self.motions]
+        self.classes = {"photograph": Photographs.classes, "motion": self.motions, None: both}[label]
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        photograph = index * len(self.regions) // self.length
+        region = self.regions[photograph]
+        draw = np.random.default_rng(index)  # a clip is the same at every draw
+        motion, strength = int(draw.integers(len(self.motions))), draw.uniform(0.5, 1)
+        time = strength * np.linspace(-0.5, 0.5, self.frames)
+        x, y, zoom, angle = np.zeros((4, self.frames))  # the camera: x and y in sides of the picture, angle in radians
+        if motion < 8:
+            x, y = 0.6 * time * np.cos(motion * math.pi / 4), 0.6 * time * np.sin(motion * math.pi / 4)
+        elif motion < 10:
+            zoom = 0.7 * time * (-1 if motion == 8 else 1)  # a smaller window shows things larger
+        else:
+            angle = 0.8 * time * (1 if motion == 10 else -1)
+        half = np.exp(zoom) * (abs(np.cos(angle)) + abs(np.sin(angle))) / 2
+        reach = [(abs(x) + half).max(), (abs(y) + half).max()]  # from the middle, sides: the camera stays in the region
+        side = min(draw.uniform(48, 80), region.width / (2 * reach[0]), region.height / (2 * reach[1]))
+        middle = [side * r + draw.uniform() * (length - 2 * side * r) for r, length in zip(reach, region.size)]
+
+        pixels = []
+        for t in range(self.frames):  # PIL asks where in the region each pixel of the frame comes from
+            step = side / self.side * math.exp(zoom[t])
+            cos, sin = step * math.cos(angle[t]), step * math.sin(angle[t])
+            corner = [middle[0] + side * x[t] - (cos - sin) * self.side / 2,
+                      middle[1] + side * y[t] - (cos + sin) * self.side / 2]
+            where = (cos, -sin, corner[0], sin, cos, corner[1])
+            frame = region.transform((self.side, self.side), Image.AFFINE, where, Image.BILINEAR)
+            pixels.append(np.asarray(frame).reshape(self.side, self.side, -1))
+        label = {"photograph": photograph, "motion": motion, None: photograph * len(self.motions) + motion}[self.label]
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), label
+
+
+class Files(Dataset):
+    """Files with labels, [(path, label)]: images, or where frames > 1 videos and folders of frames (see `read_clip`)."""
+
+    def __init__(self, found, channels=3, frames=1, stride=1):
+        self.channels, self.frames, self.stride = channels, frames, stride
+        self.views = None  # clips of a video: one at a random time, or a number of clips evenly over it
         # Arrays and not lists: workers share their memory, where each would end up with a copy of a list's objects.
         self.names = np.array([os.fsencode(name) for name, _ in found])
         self.labels = np.array([label for _, label in found])
@@ -84,10 +132,64 @@ class ImageFiles(Dataset):
         return len(self.names)
 
     def __getitem__(self, index):
-        return read_image(self.path(index), self.channels), int(self.labels[index])
+        if self.frames > 1:
+            pixels = read_clip(self.path(index), self.frames, self.stride, self.views, self.channels)
+        else:
+            pixels = read_image(self.path(index), self.channels)
+        return pixels, int(self.labels[index])
+
+    def blank(self):
+        """What takes the place of an unreadable file in a test."""
+        clips = () if self.frames == 1 else (self.frames,) if self.views is None else (self.views, self.frames)
+        return torch.zeros(*clips, self.channels, 32, 32, dtype=torch.uint8)
 
     def path(self, index):
         return os.fsdecode(self.names[index])
+
+
+def find_files(root, classes=None, clips=False):
+    """[(path, label)] of all images below a folder, at any depth; given class names, below the folders of these names.
+
+    With `clips`, of all videos, and of all folders that hold images and no video: each is one clip.
+    """
+    found, kinds = [], VIDEO_FILES if clips else IMAGE_FILES
+    for label, folder in enumerate([root] if classes is None else [Path(root, name) for name in classes]):
+        for where, _, names in os.walk(folder, followlinks=True):
+            suffixes = {name: os.path.splitext(name)[1].lower() for name in names}
+            files = [os.path.join(where, name) for name in names if suffixes[name] in kinds]
+            if clips and not files and IMAGE_FILES & set(suffixes.values()):
+                files = [where]
+            found += [(name, label) for name in files]
+    if not found:
+        raise UserError(f"there is no {'video and no folder of frames' if clips else 'image'} below {root}")
+    return sorted(found)
+
+
+def read_list(path, classes=None):
+    """([(path, label)], class names or None) of a text file of `path label` lines, or of paths alone.
+
+    Paths are relative to the folder of the list. Labels are numbers or names; `classes` are those of the training list.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is neither a folder nor a list of paths") from None
+    pairs = [line.rsplit(maxsplit=1) for line in lines]
+    known = IMAGE_FILES | VIDEO_FILES
+    if not all(len(pair) == 2 and Path(pair[1]).suffix.lower() not in known for pair in pairs):  # paths alone
+        pairs, names = [(line, None) for line in lines], [None]
+    else:
+        names = sorted({name for _, name in pairs}, key=lambda name: (int(name) if name.isdecimal() else -1, name))
+    if not lines:
+        raise UserError(f"{path} is empty")
+    if classes and names == [None]:
+        raise UserError(f"{path} needs lines of `path label`")
+    unknown = [name for name in names if classes and name not in classes]
+    if unknown:
+        raise UserError(f"{path} has the label {unknown[0]}, which the training list lacks")
+    number = {name: label for label, name in enumerate(classes or names)}
+    found = [(str(Path(path).parent / name), number[label]) for name, label in pairs]
+    return found, None if names == [None] else classes or names
 
 
 def read_image(path, channels=3):
@@ -110,19 +212,64 @@ def read_image(path, channels=3):
     return torch.from_numpy((array / scale).astype(np.float32)).permute(2, 0, 1)
 
 
-def open_sources(data, channels=3, labelled=True):
-    """(training source, validation source or None, class names or None) for --data: None, "cifar10" or a folder.
+def read_clip(path, frames, stride, views=None, channels=3):
+    """A clip (T, C, H, W), bytes: every `stride`-th frame of a video file or of a folder of frames.
 
-    A folder is DIR/train/<class>/... with DIR/val/<class>/... or DIR/test/<class>/...; where no labels are needed
-    (labelled=False) it is any folder of images, and DIR/train alone is used if there is one.
+    It begins at a random time, drawn from torch's generator; with `views`, so many clips evenly over the video are
+    returned as (views, T, C, H, W). A video that is too short repeats its last frame. Time goes by the mean frame rate,
+    so that a variable one does not bend the motion. Of a file, only the frames asked for are read, and those that their
+    compression depends on.
     """
+    if os.path.isdir(path):  # in the order of the numbers in their names; a gap is closed up
+        names = sorted((name for name in os.listdir(path) if os.path.splitext(name)[1].lower() in IMAGE_FILES),
+                       key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
+        length = len(names)
+    else:
+        try:
+            from torchcodec.decoders import VideoDecoder
+            decoder = VideoDecoder(path)
+        except (ImportError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith("Could not load libtorchcodec"):
+                raise  # the file is at fault; else torchcodec is missing, or does not find FFmpeg
+            raise UserError(f"to read {path}, install torchcodec (pip install torchcodec) and FFmpeg with its shared "
+                            "libraries (apt-get install ffmpeg)") from None
+        begin, end = decoder.metadata.begin_stream_seconds, decoder.metadata.end_stream_seconds
+        length = max(1, int((end - begin) * decoder.metadata.average_fps + 0.01))
+    latest = max(0, length - 1 - (frames - 1) * stride)  # the last time to begin
+    if views is None:
+        starts = torch.randint(latest + 1, (1,))
+    else:
+        starts = torch.linspace(0, latest, views).round() if views > 1 else torch.tensor([latest // 2])
+    times = (starts[:, None] + stride * torch.arange(frames)).clamp(max=length - 1).flatten()  # (views * T,)
+    if os.path.isdir(path):
+        images = {i: read_image(os.path.join(path, names[i])) for i in set(times.int().tolist())}
+        images = {i: x if torch.is_tensor(x) else v2.functional.pil_to_tensor(x) for i, x in images.items()}
+        pixels = torch.stack([images[i] for i in times.int().tolist()])
+    else:
+        seconds = begin + (times + 0.5) * (end - begin) / length  # the middle of a frame's time on the screen
+        pixels = decoder.get_frames_played_at(seconds.tolist()).data
+    pixels = v2.functional.rgb_to_grayscale(pixels) if channels == 1 else pixels
+    return pixels if views is None else pixels.unflatten(0, (views, frames))
+
+
+def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None):
+    """(training source, validation source or None, class names or None) for --data: None, "cifar10", a folder or a list.
+
+    A folder is DIR/train/<class>/... with DIR/val/<class>/... or DIR/test/<class>/..., or DIR/train.txt with DIR/val.txt
+    or DIR/test.txt; where no labels are needed (labelled=False) it is any folder or list, and DIR/train alone is used if
+    there is one. With frames > 1 the samples are clips. label: of the built-in clips, see `Clips`.
+    """
+    if (data is None or frames > 1) and channels not in (1, 3):
+        raise UserError(f"{'clips' if frames > 1 else 'the built-in photographs'} have 1 or 3 channels, not {channels}"
+                        + ("" if data else ": give --data"))
+    if data is None and frames > 1:
+        train, val = Clips(True, frames, channels, label), Clips(False, frames, channels, label, 1500)
+        return train, val, train.classes
     if data is None:
-        if channels not in (1, 3):
-            raise UserError(f"the built-in photographs have 1 or 3 channels, not {channels}: give --data")
         return Photographs(True, channels), Photographs(False, channels, 1500), Photographs.classes
     if data == "cifar10":
-        if channels != 3:
-            raise UserError(f"CIFAR-10 has 3 channels, not {channels}")
+        if channels != 3 or frames > 1:
+            raise UserError("CIFAR-10 has images of 3 channels and no clips")
         try:
             if is_rank_0():  # torchvision keeps the files in ./data
                 CIFAR10("data", download=True)
@@ -132,21 +279,34 @@ def open_sources(data, channels=3, labelled=True):
             raise UserError(f"CIFAR-10 could not be downloaded to ./data: {error}") from None
         return train, val, train.classes
 
-    root = Path(data)
-    if not root.is_dir():
+    root, kind = Path(data), (channels, frames, stride)
+    train_list = root if root.is_file() else root / "train.txt"
+    if not root.exists():
         raise UserError(f"there is no folder {root}")
-    train = root / "train" if (root / "train").is_dir() else root
-    val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    classes, val_classes = (sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-                            if folder else [] for folder in (train, val))
-    if train == root or not classes or not val_classes:
-        if labelled:
-            raise UserError(f"{root} needs the folders train/<class>/ and val/<class>/ (or test/<class>/)")
-        return ImageFiles(train, channels), None, None
-    unknown = [name for name in val_classes if name not in classes]
-    if unknown:
-        raise UserError(f"{val} has the class folder {unknown[0]}, which {train} lacks")
-    return ImageFiles(train, channels, classes), ImageFiles(val, channels, classes), classes
+    if train_list.is_file():
+        found, classes = read_list(train_list)
+        val_list = next((p for p in (root / "val.txt", root / "test.txt") if p.is_file()), None)
+        if labelled and (classes is None or val_list is None):
+            raise UserError(f"{train_list} needs lines of `path label`, and a list val.txt (or test.txt) beside it "
+                            "in a folder that --data names")
+        val = Files(read_list(val_list, classes)[0], *kind) if classes and val_list and labelled else None
+        train = Files(found, *kind)
+    else:
+        train = root / "train" if (root / "train").is_dir() else root
+        val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+        classes, val_classes = (sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+                                if folder else [] for folder in (train, val))
+        if train == root or not classes or not val_classes:
+            if labelled:
+                raise UserError(f"{root} needs the folders train/<class>/ and val/<class>/ (or test/<class>/)")
+            return Files(find_files(train, None, frames > 1), *kind), None, None
+        unknown = [name for name in val_classes if name not in classes]
+        if unknown:
+            raise UserError(f"{val} has the class folder {unknown[0]}, which {train} lacks")
+        train, val = (Files(find_files(folder, classes, frames > 1), *kind) for folder in (train, val))
+    if val:
+        val.views = 1
+    return train, val, classes if val else None
 
 
 # --------------------------------------------------------------------------------------------------------- transforms
@@ -155,7 +315,7 @@ BICUBIC = InterpolationMode.BICUBIC
 
 
 class Normalise:
-    """PIL image, or tensor of any type -> float tensor (C, H, W): integers scaled to [0, 1], then (x - mean) / std."""
+    """PIL image or tensor of any type -> float tensor (..., C, H, W): integers scaled to [0, 1], then (x - mean) / std."""
 
     def __init__(self, mean, std):
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
@@ -166,15 +326,18 @@ class Normalise:
         return (image - self.mean).div_(self.std)
 
 
-def crop_and_flip(image_size, mean, std, scale):
-    """Random resized crop of an area share in `scale`, flip: the whole augmentation of pre-training."""
+def crop_and_flip(image_size, mean, std, scale, flip=True):
+    """Random resized crop of an area share in `scale`, flip: the whole augmentation of pre-training.
+
+    This and the transforms below draw once for all frames of a clip (T, C, H, W).
+    """
     return v2.Compose([v2.RandomResizedCrop(height_and_width(image_size), scale, interpolation=BICUBIC),
-                       v2.RandomHorizontalFlip(), Normalise(mean, std)])
+                       v2.RandomHorizontalFlip(0.5 if flip else 0.0), Normalise(mean, std)])
 
 
-def strong_augmentation(image_size, mean, std, randaugment, erasing):
+def strong_augmentation(image_size, mean, std, randaugment, erasing, flip=True):
     """Augmentation of fine-tuning: random crop, flip, RandAugment (magnitude 0 to 10), erasing (a probability)."""
-    crop, flip, normalise = crop_and_flip(image_size, mean, std, (0.08, 1.0)).transforms
+    crop, flip, normalise = crop_and_flip(image_size, mean, std, (0.08, 1.0), flip).transforms
     # The papers, as timm, count RandAugment's magnitude to 10, torchvision to 30. It is for 1 or 3 channels only.
     fill = [int(255 * value) for value in mean]
     colours = [v2.RandAugment(2, round(3 * randaugment), interpolation=InterpolationMode.BILINEAR, fill=fill)]
@@ -192,7 +355,7 @@ class CentreCrop:
         self.size, self.normalise = height_and_width(image_size), Normalise(mean, std)
 
     def __call__(self, image):
-        height, width = image.shape[1:] if torch.is_tensor(image) else image.size[::-1]
+        height, width = image.shape[-2:] if torch.is_tensor(image) else image.size[::-1]
         if (height, width) != self.size:
             factor = max(self.size[0] / height, self.size[1] / width) / 0.875
             larger = [max(side, round(factor * old)) for side, old in zip(self.size, (height, width))]
@@ -202,10 +365,17 @@ class CentreCrop:
 
 
 def mix_up_and_cut_mix(num_classes, mixup, cutmix):
-    """Of a batch (images, labels): MixUp or CutMix, each half of the time; labels become (B, num_classes)."""
+    """Of a batch (images or clips, labels): MixUp or CutMix, each half of the time; labels become (B, num_classes)."""
     choices = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))
                if alpha > 0]
-    return v2.RandomChoice(choices) if choices else lambda images, labels: (images, labels)
+
+    def mix(pixels, labels):
+        if not choices:
+            return pixels, labels
+        kind = tv_tensors.Video if pixels.ndim == 5 else tv_tensors.Image
+        pixels, labels = v2.RandomChoice(choices)(kind(pixels), labels)
+        return pixels.as_subclass(torch.Tensor), labels
+    return mix
 
 
 def measure_mean_and_std(source, image_size, images=1000):
@@ -214,7 +384,8 @@ def measure_mean_and_std(source, image_size, images=1000):
     sums, squares, count = 0, 0, 0
     for index in evenly(len(source), images):
         image = samples[index, 0][0].double()
-        sums, squares, count = sums + image.sum((1, 2)), squares + image.square().sum((1, 2)), count + image[0].numel()
+        image = (image.transpose(0, 1) if image.ndim == 5 else image).flatten(1)  # (C, [views * T *] H * W)
+        sums, squares, count = sums + image.sum(1), squares + image.square().sum(1), count + image.shape[1]
     mean = sums / count
     return mean.tolist(), (squares / count - mean.square()).clamp(min=1e-12).sqrt().tolist()
 
@@ -223,39 +394,40 @@ def measure_mean_and_std(source, image_size, images=1000):
 
 
 class Samples(Dataset):
-    """A source with its augmentation: (index, position) -> (image (C, H, W), label).
+    """A source with its augmentation: (index, position) -> (image (C, H, W) or clip ([views,] C, T, H, W), label).
 
-    The augmentation is seeded by (seed, position), where position is the place of the draw in the whole run. Unreadable
-    files are named once and counted by their source. With `replace` the next readable image takes their place; without,
-    as in a test, which must not count an image twice, they give zeros with the label -1.
+    Augmentation and time of a clip are seeded by (seed, position), where position is the place of the draw in the whole
+    run. Unreadable files are named once and counted by their source. With `replace` the next readable one takes their
+    place; without, as in a test, which must not count a sample twice, they give zeros with the label -1.
     """
 
     def __init__(self, source, transform, seed=0, replace=True):
         self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
         if not any(self.read(index) for index in range(len(source))):
-            raise UserError(f"none of the images can be read, for instance {source.path(0)}")
+            raise UserError(f"none of the files can be read, for instance {source.path(0)}")
 
     def read(self, index):
         try:
             return self.source[index]
         except Exception as error:  # damaged files make the decoders fail in many ways
-            if not isinstance(self.source, ImageFiles):
+            if isinstance(error, UserError) or not isinstance(self.source, Files):
                 raise
             if not self.source.unreadable[index]:
                 self.source.unreadable[index] = True
-                print(f"\nskipped, since it cannot be read: {self.source.path(index)} "
-                      f"({error})", file=sys.stderr)
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                print(f"\nskipped, since it cannot be read: {self.source.path(index)} ({reason})", file=sys.stderr)
 
     def __getitem__(self, item):
         index, position = item
-        sample = self.read(index)
-        while sample is None and self.replace:
-            index = (index + 1) % len(self.source)
-            sample = self.read(index)
-        image, label = sample or (torch.zeros(self.source.channels, 32, 32), -1)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, position))
-            return self.transform(image), label
+            sample = self.read(index)
+            while sample is None and self.replace:
+                index = (index + 1) % len(self.source)
+                sample = self.read(index)
+            pixels, label = sample or (self.source.blank(), -1)
+            pixels = self.transform(pixels)
+        return (pixels.transpose(-4, -3) if pixels.ndim > 3 else pixels), label
 
 
 def evenly(length, count):
@@ -299,13 +471,14 @@ def training_loader(samples, args, first_step, rank, processes, device):
 def test_loader(samples, args, device, rank=0, processes=1, limit=None):
     """Each sample once, in order, every process its own ones; with `limit`, that many samples evenly taken from all."""
     chosen = evenly(len(samples.source), limit or len(samples.source))[rank::processes]
-    batches = [[(index, 0) for index in chosen[i:i + 128]] for i in range(0, len(chosen), 128)]
+    size = max(1, 128 // (getattr(args, "frames", 1) * (getattr(samples.source, "views", None) or 1)))
+    batches = [[(index, 0) for index in chosen[i:i + size]] for i in range(0, len(chosen), size)]
     return DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda")
 
 
 def report_unreadable(source, device):
     """Say how many files of a source could not be read so far, in all processes together."""
-    if isinstance(source, ImageFiles):
+    if isinstance(source, Files):
         unreadable = sum_over_processes(source.unreadable.to(device, torch.int32)) > 0
         if is_rank_0() and unreadable.any():
             print(f"{int(unreadable.sum())} of {len(source)} files could not be read and were skipped", file=sys.stderr)

@@ -354,7 +354,7 @@ def probe(model, train, val, args, device, limit=3000):
 def new_classifier(args, classes):
     """The encoder in --init (or a new one) with a new head; a finished classifier for --eval-only."""
     torch.manual_seed(args.seed)
-    changes = {"image_size": args.image_size, "pool": args.pool, "num_classes": len(classes)}
+    changes = {"image_size": args.image_size, "frames": 1, "tubelet": 1, "pool": args.pool, "num_classes": len(classes)}
     if args.task == "finetune":
         changes["drop_path"] = args.drop_path
     if args.init:
@@ -490,7 +490,7 @@ def show(args):
     if not args.init:
         raise UserError("show needs --init, a checkpoint of a whole MAE")
     if args.image:
-        source = data.ImageFiles(args.image, args.channels)
+        source = data.Files([(args.image, 0)], args.channels)
     else:
         train_source, val_source, _ = data.open_sources(args.data, args.channels, labelled=False)
         source = val_source or train_source

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 import common
 import data
 import mae
+import maskfeat
 
 HERE = Path(__file__).parent
 TINY = dict(size="nano", image_size=32, patch_size=8, decoder_dim=32, decoder_depth=1, decoder_heads=2)
@@ -27,6 +29,10 @@ def tiny_mae(**changes):
     return mae.MAE(**{**TINY, **changes})
 
 
+MASKFEAT_FLAGS = ["--recipe", "demo", "--image-size", "32", "--batch-size", "8", "--workers", "0", "--log-every", "1",
+                  "--device", "cpu"]
+
+
 def run(*arguments, processes=None):
     """Run a script as a user does; returns the finished process, its output as text."""
     start = [sys.executable]
@@ -36,10 +42,10 @@ def run(*arguments, processes=None):
                           env={**os.environ, "OMP_NUM_THREADS": "1" if processes else "2"})
 
 
-def main(monkeypatch, *arguments):
+def main(monkeypatch, *arguments, method=mae):
     """The same in this process, which saves the seconds of importing torch."""
-    monkeypatch.setattr(sys, "argv", ["mae.py", *map(str, arguments)])
-    mae.main()
+    monkeypatch.setattr(sys, "argv", [f"{method.__name__}.py", *map(str, arguments)])
+    method.main()
 
 
 def losses(out):
@@ -312,7 +318,7 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_of_tests(tmp_pa
     for i in range(3):
         Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes()[:40])
-    source = data.ImageFiles(tmp_path)
+    source = data.Files(data.find_files(tmp_path))
     train, test = (data.Samples(source, data.CentreCrop(40, [0.0], [1.0]), replace=r) for r in (True, False))
     assert train[1, 0][0].max().item() == pytest.approx(2 / 255)
     assert test[1, 0][1] == -1 and test[2, 0][1] == 0
@@ -356,6 +362,320 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+# ------------------------------------------------------------------------------------------------------- MaskFeat: HOG
+
+
+def photographs(size=96):
+    """Real 8-bit photographs as the model gets them: (B, 3, size, size), normalised."""
+    view = data.CentreCrop(size, data.IMAGENET_MEAN, data.IMAGENET_STD)
+    source = data.Photographs(True)
+    return torch.stack([view(source[i][0]) for i in range(0, 6000, 400)])
+
+
+def hog_by_convolution(images, cell=8):
+    """The definition in the plainest words: two convolutions, an angle, a sum over each cell for each bin."""
+    C = images.shape[1]
+    sobel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]).expand(C, 1, 3, 3)
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    gx, gy = F.conv2d(padded, sobel, groups=C), F.conv2d(padded, sobel.transpose(2, 3), groups=C)
+    bins = (torch.atan2(gx, gy) / math.pi * 9).floor().long() % 9
+    length = (gx ** 2 + gy ** 2).sqrt()
+    sums = [F.avg_pool2d(length * (bins == k), cell) * cell ** 2 for k in range(9)]
+    return F.normalize(torch.stack(sums, dim=2), dim=2)
+
+
+@pytest.mark.parametrize("cell", [4, 8])
+def test_hog_equals_its_definition_on_photographs(cell):
+    images = photographs()
+    histograms = maskfeat.hog(images, cell=cell)
+    assert histograms.shape == (15, 3, 9, 96 // cell, 96 // cell)
+    assert (histograms - hog_by_convolution(images, cell)).abs().max() < 1e-5
+    norm = histograms.norm(dim=2)  # 0 where a cell is flat, as in the night sky
+    assert torch.minimum(norm.abs(), (norm - 1).abs()).max() < 1e-5 and norm.mean() > 0.9
+
+
+def test_hog_equals_scikit_image(monkeypatch):
+    """skimage takes centred differences: they are replaced by the Sobel filter. It averages lengths where we add them
+    up, which the norm takes out, and has the axes the other way round, so it gets the transposed image."""
+    import skimage.feature
+    from scipy.ndimage import sobel
+    monkeypatch.setattr("skimage.feature._hog._hog_channel_gradient", lambda channel: (
+        sobel(channel, 0, mode="mirror"), sobel(channel, 1, mode="mirror")))
+    grey = photographs()[:, 1] + 0.01 * torch.randn(15, 96, 96, generator=torch.Generator().manual_seed(0))  # no ties
+    histograms = maskfeat.hog(grey[:, None])[:, 0]  # (15, 9, 12, 12)
+    for image, ours in zip(grey.double().numpy(), histograms):
+        theirs = skimage.feature.hog(image.T, pixels_per_cell=(8, 8), cells_per_block=(1, 1), block_norm="L2",
+                                     feature_vector=False)[:, :, 0, 0]  # (columns, rows, bins)
+        # A gradient at the very edge between two bins may go to either, as float32 or float64 rounds it.
+        assert ((torch.from_numpy(theirs).permute(2, 1, 0) - ours).abs() > 1e-4).float().mean() < 0.005
+
+
+def test_hog_targets_are_ordered_by_channel_bin_and_cell():
+    images = photographs()[:2]
+    targets, histograms = maskfeat.hog_targets(images), maskfeat.hog(images)
+    assert targets.shape == (2, 36, 108)
+    for patch, channel, bin, row, column in [(0, 0, 0, 0, 0), (8, 1, 3, 1, 0), (35, 2, 8, 0, 1)]:
+        number = ((channel * 9 + bin) * 2 + row) * 2 + column
+        assert torch.equal(targets[:, patch, number],
+                           histograms[:, channel, bin, patch // 6 * 2 + row, patch % 6 * 2 + column])
+
+
+def test_hog_under_autocast_and_compile_and_its_memory():
+    images = photographs().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        histograms = maskfeat.hog(images)
+    assert histograms.dtype == torch.float32 and not histograms.requires_grad
+    assert torch.equal(histograms, maskfeat.hog(images.detach()))
+    assert (torch.compile(maskfeat.hog)(images.detach()) - histograms).abs().max() < 1e-5
+
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux")
+    code = r"""if True:
+        import re, torch, maskfeat
+        peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+        images = torch.randn(128, 3, 224, 224)
+        maskfeat.hog(images[:1])
+        before = peak()
+        maskfeat.hog(images)
+        print((peak() - before) / images.nbytes)"""
+    done = run("-c", code)
+    assert 1 < float(done.stdout) <= 4, done.stdout + done.stderr
+
+
+# -------------------------------------------------------------------------------------------- MaskFeat: masks and model
+
+
+@pytest.mark.parametrize("masking, grid", [("block", (14, 14)), ("random", (14, 14)), ("cube", (8, 14, 14)),
+                                           ("tube", (8, 14, 14)), ("frame", (8, 14, 14)), ("random", (8, 14, 14))])
+@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.8])
+def test_maskfeat_masks_have_the_asked_number(masking, grid, ratio):
+    draw = lambda seed: maskfeat.MASKINGS[masking](32, grid, ratio, torch.Generator().manual_seed(seed), "cpu")
+    mask, count = draw(0), maskfeat.masked_tokens(masking, grid, ratio)
+    assert mask.shape == (32, math.prod(grid)) and mask.dtype == torch.bool
+    assert mask.sum(1).tolist() == [count] * 32 and abs(count - ratio * math.prod(grid)) <= 0.5 * math.prod(grid) / 8
+    assert torch.equal(mask, draw(0)) and not torch.equal(mask, draw(1))
+    assert len({tuple(row) for row in mask.tolist()}) > (1 if masking == "frame" else 30)
+    by_time = mask.view(32, -1, 14 * 14)
+    if masking == "tube":
+        assert (by_time == by_time[:, :1]).all()
+    if masking == "frame":
+        assert (by_time == by_time[:, :, :1]).all()
+
+
+def test_block_and_cube_masks_have_few_edges():
+    def edges(masking, grid):
+        mask = maskfeat.MASKINGS[masking](64, grid, 0.4, torch.Generator().manual_seed(0), "cpu").view(64, *grid)
+        return [mask.diff(dim=d).sum().item() for d in range(1, mask.ndim)]
+    for masking, grid in (("block", (14, 14)), ("cube", (8, 14, 14))):
+        assert all(few < 0.5 * many for few, many in zip(edges(masking, grid), edges("random", grid)))
+    # A cube has sides in space, which frames have not, and in time, which tubes have not.
+    assert edges("frame", (8, 14, 14))[1] == 0 == edges("tube", (8, 14, 14))[0] < min(edges("cube", (8, 14, 14)))
+
+
+def tiny_maskfeat(**changes):
+    torch.manual_seed(0)
+    return maskfeat.MaskFeat(**{**dict(size="nano", image_size=32, patch_size=8), **changes})
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+@pytest.mark.parametrize("target", ["hog", "pixels"])
+def test_maskfeat_loss_equals_the_obvious_computation(frames, target):
+    model = tiny_maskfeat(frames=frames, tubelet=2 if frames > 1 else 1, target=target, cell=4)
+    pixels = torch.randn(3, 3, frames, 32, 32)
+    masking = "cube" if frames > 1 else "block"
+    mask = maskfeat.MASKINGS[masking](3, model.grid, 0.4, torch.Generator().manual_seed(0), "cpu")
+    loss, pred = model(pixels if frames > 1 else pixels[:, :, 0], mask)
+    assert torch.equal(loss, model(pixels if frames > 1 else pixels[:, :, 0], mask, int(mask[0].sum()))[0])
+    errors = []
+    for b in range(3):
+        for n, token in enumerate(mask[b].nonzero()[:, 0].tolist()):  # in raster order, time first
+            time, row, column = token // 16, token % 16 // 4, token % 4
+            frame = pixels[b, :, 2 * time]  # the first of the tubelet
+            if target == "hog":
+                cells = hog_by_convolution(frame[None], 4)[0, :, :, 2 * row:2 * row + 2, 2 * column:2 * column + 2]
+                values = cells.flatten()
+            else:
+                patch = frame[:, 8 * row:8 * row + 8, 8 * column:8 * column + 8].permute(1, 2, 0).flatten()
+                values = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
+            errors.append((pred[b, n] - values).square().mean())
+    assert torch.allclose(loss, torch.stack(errors).mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_targets_belong_to_their_own_cell_alone(frames):
+    """Change one cell, its rim aside, which the gradients of its neighbours see: only its own target changes."""
+    model = tiny_maskfeat(frames=frames, tubelet=2 if frames > 1 else 1, cell=8)
+    pixels = torch.randn(1, 3, *([frames] if frames > 1 else []), 32, 32)
+    before = model.targets(pixels)
+    for token in range(math.prod(model.grid)):
+        time, row, column = token // 16, token % 16 // 4, token % 4
+        changed = pixels.clone()
+        frame = changed[0, :, 2 * time] if frames > 1 else changed[0]
+        frame[:, 8 * row + 1:8 * row + 7, 8 * column + 1:8 * column + 7] += torch.randn(3, 6, 6)
+        differs = (model.targets(changed) != before).any(-1)[0]
+        assert differs.nonzero().flatten().tolist() == [token]
+
+
+def test_predictions_do_not_depend_on_what_is_masked():
+    model, images = tiny_maskfeat().eval(), torch.randn(4, 3, 32, 32)
+    mask = maskfeat.block_mask(4, (4, 4), 0.4, torch.Generator().manual_seed(0), "cpu")
+    hidden = mask.view(4, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    pred = model(images, mask)[1]
+    assert torch.equal(pred, model(images + 100 * hidden * torch.randn_like(images), mask)[1])
+    assert not torch.allclose(pred, model(images + ~hidden, mask)[1])
+    with pytest.raises(ValueError, match="same number"):
+        model(images, torch.eye(4, 16).cumsum(0).bool())
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_gradient_reaches_every_parameter_of_maskfeat(frames):
+    model = tiny_maskfeat(frames=frames, tubelet=2 if frames > 1 else 1)
+    mask = maskfeat.random_mask(2, model.grid, 0.4, None, "cpu")
+    model(torch.randn(2, 3, *([frames] if frames > 1 else []), 32, 32), mask)[0].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    assert {"mask_token", "cls_token", "pos_embed"} < dict(model.named_parameters()).keys()  # positions are learned
+
+
+# ----------------------------------------------------------------------------------------------------------------- clips
+
+NUMBERS = [20 * i for i in range(12)]  # the shades of the frames of the test videos
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """Two classes of frame folders, each with the shades in NUMBERS; with ffmpeg also a video of each kind."""
+    root = tmp_path_factory.mktemp("videos")
+    for split in ("train", "val"):
+        for name, shades in (("brighter", NUMBERS), ("darker", NUMBERS[::-1])):
+            for copy in range(3):
+                folder = root / split / name / f"clip{copy}"
+                folder.mkdir(parents=True)
+                for i, shade in enumerate(shades):
+                    Image.new("RGB", (48, 40), (shade,) * 3).save(folder / f"frame{i}.png")
+    return root
+
+
+def make_video(path, frames, *options):
+    """A video file of a folder of frames, 10 a second."""
+    if not shutil.which("ffmpeg"):
+        pytest.skip("needs ffmpeg")
+    pytest.importorskip("torchcodec", exc_type=(ImportError, RuntimeError))
+    subprocess.run(["ffmpeg", "-v", "error", "-y", "-framerate", "10", "-i", frames / "frame%d.png", "-qscale:v", "2",
+                    *options, path], check=True)
+    return path
+
+
+def shades(clip):
+    """The mean shade of each frame in steps of NUMBERS."""
+    return (clip.float().mean((-3, -2, -1)) / 20).round().int().tolist()
+
+
+@pytest.mark.parametrize("suffix", [None, "mp4", "avi", "mkv"])
+def test_clips_of_videos_and_of_folders_of_frames(videos, tmp_path, suffix):
+    path = videos / "train/brighter/clip0"
+    if suffix:
+        path = make_video(tmp_path / f"video.{suffix}", path)
+    assert shades(data.read_clip(path, 4, 2, views=1)[0]) == [2, 4, 6, 8]  # the middle of 12 frames
+    assert shades(data.read_clip(path, 4, 2, views=3)) == [[0, 2, 4, 6], [2, 4, 6, 8], [5, 7, 9, 11]]
+    assert shades(data.read_clip(path, 8, 2, views=1)[0]) == [0, 2, 4, 6, 8, 10, 11, 11]  # the last one is repeated
+    clip = data.read_clip(path, 4, 2)
+    assert clip.shape == (4, 3, 40, 48) and clip.dtype == torch.uint8
+    starts = {shades(data.read_clip(path, 4, 2))[0] for _ in range(50)}
+    assert starts == {0, 1, 2, 3, 4, 5}
+    assert data.read_clip(path, 4, 2, channels=1).shape == (4, 1, 40, 48)
+
+
+def test_a_variable_frame_rate_keeps_the_speed(videos, tmp_path):
+    """The first half of the video at 10 frames a second, the second half at 5: its frames count twice."""
+    path = make_video(tmp_path / "vfr.mkv", videos / "train/brighter/clip0", "-vf",
+                      "settb=1/1000,setpts='if(lt(N,6),N*100,600+(N-6)*200)'", "-fps_mode", "vfr")
+    found = shades(data.read_clip(path, 6, 2, views=1)[0])
+    at_equal_times = [0, 2, 5, 7, 8, 9]  # of 1.8 seconds
+    assert all(abs(a - b) <= 1 for a, b in zip(found, at_equal_times)), found
+
+
+def test_folders_of_frames_with_gaps_grey_and_alpha(tmp_path):
+    for number in (1, 2, 3, 9, 10, 11):  # a gap, and numbers that do not sort as text
+        mode = {2: "L", 3: "RGBA", 9: "P"}.get(number, "RGB")
+        Image.new("RGB", (40, 40), (20 * number,) * 3).convert(mode).save(tmp_path / f"{number}.png")
+    assert shades(data.read_clip(tmp_path, 6, 1, views=1)[0]) == [1, 2, 3, 9, 10, 11]
+    (tmp_path / "3.png").write_bytes(b"broken")
+    with pytest.raises(common.UserError, match="none of the files can be read"):
+        data.Samples(data.Files([(tmp_path, 0)], frames=6), lambda clip: clip)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+def test_a_damaged_video_is_skipped_and_named(videos, tmp_path, damage, capsys):
+    make_video(tmp_path / "a.mp4", videos / "train/brighter/clip0")
+    good = make_video(tmp_path / "b.mp4", videos / "train/darker/clip0").read_bytes()
+    (tmp_path / "b.mp4").write_bytes({"truncated": good[:len(good) // 2], "text": b"no video", "empty": b""}[damage])
+    samples = data.Samples(data.Files(data.find_files(tmp_path, clips=True), frames=4), data.Normalise([0.0], [1.0]))
+    assert samples[1, 0][0].shape == (3, 4, 40, 48)  # the other one takes its place
+    assert "b.mp4" in capsys.readouterr().err
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(common.UserError, match="none of the files can be read.*b.mp4"):
+        data.Samples(data.Files(data.find_files(tmp_path, clips=True), frames=4), data.Normalise([0.0], [1.0]))
+
+
+@pytest.mark.parametrize("missing", ["torchcodec", "ffmpeg"])
+def test_without_torchcodec_or_ffmpeg_only_video_files_fail(videos, tmp_path, monkeypatch, missing):
+    def decoder_without_ffmpeg(path):
+        raise RuntimeError("Could not load libtorchcodec. Likely causes: ...")
+    module = None if missing == "torchcodec" else type(sys)("torchcodec.decoders")
+    if module:
+        module.VideoDecoder = decoder_without_ffmpeg
+    monkeypatch.setitem(sys.modules, "torchcodec", module)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
+    (tmp_path / "a.mp4").write_bytes(b"")
+    with pytest.raises(common.UserError, match="a.mp4, install torchcodec .* and FFmpeg"):
+        data.Samples(data.Files([(tmp_path / "a.mp4", 0)], frames=4), data.Normalise([0.0], [1.0]))
+    assert data.read_clip(videos / "train/brighter/clip0", 4, 1).shape == (4, 3, 40, 48)
+
+
+def test_lists_of_paths_and_labels(videos, tmp_path):
+    for name in ("train", "val"):
+        lines = [f"{videos}/{name}/{label}/clip{i} {label}" for label in ("darker", "brighter") for i in range(3)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    train, val, classes = data.open_sources(tmp_path, frames=4)
+    assert classes == ["brighter", "darker"] and train.labels.tolist() == [1, 1, 1, 0, 0, 0] and val.views == 1
+    assert shades(val[0][0][0]) == [7, 6, 5, 4] and val[0][1] == 1
+    (tmp_path / "paths.txt").write_text("a b.mp4\nc.mp4\n")
+    assert [p for p, _ in data.read_list(tmp_path / "paths.txt")[0]] == [f"{tmp_path}/a b.mp4", f"{tmp_path}/c.mp4"]
+    assert data.open_sources(videos, frames=4)[2] == ["brighter", "darker"]
+    (tmp_path / "numbers.txt").write_text("a.mp4 10\nb.mp4 9\n")
+    assert data.read_list(tmp_path / "numbers.txt")[1] == ["9", "10"]
+
+
+def test_built_in_clips():
+    train, val = data.Clips(True, 8), data.Clips(False, 8, length=1500)
+    assert len(train.motions) == 12 and len(train.classes) == 180
+    labels = [train[i][1] for i in range(0, 6000, 10)]
+    assert {label // 12 for label in labels} == set(range(15)) and {label % 12 for label in labels} == set(range(12))
+    assert torch.equal(train[17][0], train[17][0]) and train[17][0].shape == (8, 3, 64, 64)
+    for i in range(0, 1500, 50):  # the camera never leaves the photograph: no black corner comes in
+        clip, label = val[i]
+        if Image.Image.getextrema(val.regions[label // 12])[0][0] > 0:
+            assert clip.amax(1).min() > 0
+    by_label = {label: data.Clips(True, 2, label=label)[5999][1] for label in ("photograph", "motion", None)}
+    assert by_label[None] == by_label["photograph"] * 12 + by_label["motion"]
+    shift = {}  # a pan to the right moves the picture to the left
+    for i in range(400):
+        clip, label = train[i]
+        clip = clip.float().mean(1)
+        errors = [(clip[1, :, 8:-8] - clip[0, :, 8 + s:56 + s]).abs().mean() for s in range(-6, 7)]
+        shift.setdefault(train.motions[label % 12], []).append(int(torch.stack(errors).argmin()) - 6)
+    assert np.median(shift["pan right"]) > 0 > np.median(shift["pan left"])
+
+
+def test_logits_of_several_clips_are_averaged():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 2 * 4 * 4, 6))
+    clips = torch.randn(8, 5, 3, 2, 4, 4)
+    labels = model(clips.flatten(0, 1)).view(8, 5, 6).mean(1).argmax(1)
+    autocast, _ = common.precision_of(_args(precision=None), torch.device("cpu"))
+    assert common.accuracy(model, [(clips, labels)], torch.device("cpu"), autocast)[0] == 100
+
+
 # -------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -381,9 +701,14 @@ def test_finetune_linprobe_and_show_by_command_line(checkpoint, folder, tmp_path
     assert Image.open(tmp_path / "s/reconstruction.png").width > 3 * 32
 
 
-def test_a_run_goes_on_where_it_stopped_and_ends_the_same(folder, tmp_path, monkeypatch):
-    flags = ["--data", folder, "--steps", 5, "--save-every", 2, *TINY_FLAGS]
-    main(monkeypatch, "--out", tmp_path / "whole", *flags)
+RUNS = [(mae, TINY_FLAGS, "folder"), (maskfeat, MASKFEAT_FLAGS, "folder"),
+        (maskfeat, [*MASKFEAT_FLAGS, "--frames", "4", "--patch-size", "8"], "videos")]
+
+
+@pytest.mark.parametrize("method, tiny, where", RUNS)
+def test_a_run_goes_on_where_it_stopped_and_ends_the_same(method, tiny, where, request, tmp_path, monkeypatch):
+    flags = ["--data", request.getfixturevalue(where), "--steps", 5, "--save-every", 2, *tiny]
+    main(monkeypatch, "--out", tmp_path / "whole", *flags, method=method)
     write = common.Log.write
 
     def interrupt(log, **values):
@@ -392,21 +717,65 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(folder, tmp_path, monk
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common.Log, "write", interrupt)
-        main(patch, "--out", tmp_path / "parts", *flags)
-    main(monkeypatch, "--out", tmp_path / "parts", *flags)
+        main(patch, "--out", tmp_path / "parts", *flags, method=method)
+    main(monkeypatch, "--out", tmp_path / "parts", *flags, method=method)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 5
     ends = [common.read_weights(tmp_path / name / "last.pt")[0] for name in ("whole", "parts")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_processes_and_accumulation_do_not_change_the_run(folder, tmp_path, monkeypatch):
-    flags = ["--data", folder, "--steps", 4, "--clip-grad", 1.0, *TINY_FLAGS]
-    main(monkeypatch, "--out", tmp_path / "one", *flags)
-    main(monkeypatch, "--out", tmp_path / "accumulated", "--accumulate", 4, *flags)
-    done = run("mae.py", "--out", tmp_path / "two", *flags, processes=2)
+@pytest.mark.parametrize("method, tiny, where", [RUNS[0], RUNS[2]])
+def test_processes_and_accumulation_do_not_change_the_run(method, tiny, where, request, tmp_path, monkeypatch):
+    flags = ["--data", request.getfixturevalue(where), "--steps", 4, "--clip-grad", 1.0, *tiny]
+    main(monkeypatch, "--out", tmp_path / "one", *flags, method=method)
+    main(monkeypatch, "--out", tmp_path / "accumulated", "--accumulate", 4, *flags, method=method)
+    done = run(f"{method.__name__}.py", "--out", tmp_path / "two", *flags, processes=2)
     assert done.returncode == 0, done.stderr
     for name in ("accumulated", "two"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+def test_maskfeat_on_images_by_command_line(folder, tmp_path, monkeypatch, capsys):
+    def maskfeat_main(*arguments):
+        main(monkeypatch, *arguments, "--device", "cpu", "--workers", 0, method=maskfeat)
+        return capsys.readouterr()
+
+    out = tmp_path / "run"
+    printed = maskfeat_main("--data", folder, "--out", out, "--steps", 2, *MASKFEAT_FLAGS, "--masking", "block")
+    assert "before training" in printed.out and "1 of 24 files" in printed.err and len(losses(out)) == 2
+    flags = ["--recipe", "demo", "--data", folder, "--batch-size", 8, "--epochs", 1, "--image-size", "32x40"]
+    strong = ["--mixup", 0.8, "--cutmix", 1, "--randaugment", 9, "--erasing", 0.25, "--drop-path", 0.1]
+    printed = maskfeat_main("finetune", *flags, *strong, "--init", out / "last.pt", "--out", tmp_path / "f")
+    record = json.loads((tmp_path / "f/log.jsonl").read_text().splitlines()[-1])
+    assert {"step", "loss", "lr", "top1"} <= set(record) and f"top-1 {record['top1']:.2f}" in printed.out
+    image = next((folder / "test/coffee").glob("*.png"))
+    done = run("maskfeat.py", "show", "--init", out / "last.pt", "--image", image, "--out", tmp_path / "s")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "s/prediction.png").size == (4 * 224 + 5 * 4, 224 + 2 * 4)
+
+
+def test_maskfeat_on_videos_by_command_line(videos, tmp_path, monkeypatch, capsys):
+    def maskfeat_main(*arguments):
+        main(monkeypatch, *arguments, "--device", "cpu", "--workers", 0, method=maskfeat)
+        return capsys.readouterr().out
+
+    out = tmp_path / "run"
+    flags = ["--recipe", "demo", "--data", videos, "--batch-size", 4, "--stride", 2]
+    printed = maskfeat_main(*flags, "--frames", 4, "--image-size", 32, "--patch-size", 8, "--steps", 2, "--target", "pixels", "--out", out)
+    assert "validation clips: " in printed and Image.open(out / "prediction.png").height == 2 * 224 + 3 * 4
+    flags += ["--init", out / "last.pt"]
+    printed = maskfeat_main("finetune", *flags, "--views", 3, "--steps", 2, "--randaugment", 7, "--mixup", 0.8,
+                            "--out", tmp_path / "f")
+    top1 = printed.splitlines()[-1]
+    assert "top-1" in top1
+    flags = ["--recipe", "demo", "--data", videos, "--init", tmp_path / "f/last.pt", "--stride", 2]
+    assert maskfeat_main("finetune", *flags, "--views", 3, "--eval-only").splitlines()[-1] == top1
+    maskfeat_main("show", "--init", out / "last.pt", "--image", videos / "val/darker/clip1", "--out", tmp_path / "s")
+    assert (tmp_path / "s/prediction.png").exists()
+    # Another number of frames: the positions are interpolated in time.
+    maskfeat_main("finetune", "--recipe", "demo", "--data", videos, "--init", out / "last.pt", "--frames", 8, "--steps", 1,
+                  "--batch-size", 4, "--out", tmp_path / "longer")
+    assert common.ViT.load(tmp_path / "longer/last.pt").grid == (4, 4, 4)
 
 
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--compile"]])
@@ -417,12 +786,14 @@ def test_bf16_and_compile_agree_with_float32(folder, tmp_path, monkeypatch, flag
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
 
 
-def test_the_frozen_features_improve(tmp_path):
-    done = run("mae.py", "--steps", 400, "--out", tmp_path / "run", "--device", "cpu")
+@pytest.mark.parametrize("script, steps, gain", [("mae.py", 300, 4), ("maskfeat.py", 500, 3)])
+def test_the_frozen_features_improve(script, steps, gain, tmp_path):
+    """The demo on a small budget; the whole one gains several times as much."""
+    done = run(script, "--steps", steps, "--out", tmp_path / "run", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     numbers = [float(word) for word in done.stdout.splitlines()[-1].replace(",", "").split() if word[0].isdigit()]
     before, after = numbers[-2:]
-    assert after > before + 10 and losses(tmp_path / "run")[-1] < 0.8 * losses(tmp_path / "run")[0]
+    assert after > before + gain and losses(tmp_path / "run")[-1] < 0.8 * losses(tmp_path / "run")[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -449,6 +820,11 @@ def unreadable_folder(path):
     return path / "unreadable"
 
 
+def broken_list(path):
+    (path / "clip.mp4").write_bytes(bytes(range(256)))
+    return path / "clip.mp4"
+
+
 def unknown_class(path):
     for name in ("train/cat", "val/cat", "val/dog"):
         (path / "classes" / name).mkdir(parents=True)
@@ -459,7 +835,7 @@ def unknown_class(path):
 @pytest.mark.parametrize("arguments, message", [
     (["--data", "nowhere"], "there is no folder nowhere"),
     (["--data", empty_folder], "no image below"),
-    (["--data", unreadable_folder], "none of the images can be read"),
+    (["--data", unreadable_folder], "none of the files can be read"),
     (["finetune", "--data", empty_folder], "needs the folders train/"),
     (["finetune", "--data", unknown_class], "class folder dog"),
     (["--image-size", "65"], "not a multiple of the patch size"),
@@ -484,12 +860,41 @@ def unknown_class(path):
     (["--sizes=base"], "unrecognized arguments"),
 ])
 def test_bad_input_gets_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
+    one_sentence(mae, arguments, message, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--masking", "cube"], "--masking cube is for clips"),
+    (["--frames", "8", "--masking", "block"], "--masking block is for images"),
+    (["--frames", "7"], "7 frames are not a multiple of the tubelet of"),
+    (["--cell", "3"], "whole cells of 3"),
+    (["--mask-ratio", "0.005"], "masks none or all"),
+    (["--frames", "8", "--masking", "frame", "--mask-ratio", "0.95"], "masks none or all"),
+    (["--data", "cifar10", "--frames", "8"], "no clips"),
+    (["--data", empty_folder, "--frames", "8"], "no video and no folder of frames"),
+    (["--data", unreadable_folder, "--frames", "8"], "none of the files can be read"),
+    (["--frames", "8", "--channels", "4"], "clips have 1 or 3 channels"),
+    (["--views", "2"], "pretrain does not use --views"),
+    (["--data", broken_list, "--frames", "8"], "neither a folder nor a list"),
+    (["show"], "needs --init"),
+    (["finetune", "--eval-only"], "needs --init"),
+])
+def test_bad_input_to_maskfeat_gets_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
+    one_sentence(maskfeat, arguments, message, tmp_path, monkeypatch, capsys)
+
+
+def test_a_checkpoint_of_images_does_not_make_a_model_of_clips(checkpoint, tmp_path, monkeypatch, capsys):
+    one_sentence(maskfeat, ["finetune", "--init", checkpoint, "--frames", 8], "another shape for", tmp_path, monkeypatch,
+                 capsys)
+
+
+def one_sentence(method, arguments, message, tmp_path, monkeypatch, capsys):
     arguments = [a(tmp_path) if callable(a) else a for a in arguments]
-    monkeypatch.setattr(sys, "argv", ["mae.py", *map(str, arguments), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", [f"{method.__name__}.py", *map(str, arguments), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as exit:
-        common.run_main(mae.main)
+        common.run_main(method.main)
     error = capsys.readouterr().err.strip().splitlines()
-    assert exit.value.code == 2 and message in error[-1] and error[-1].startswith("mae.py: error:")
+    assert exit.value.code == 2 and message in error[-1] and error[-1].startswith(f"{method.__name__}.py: error:")
     assert not (tmp_path / "out").exists()
 
 
