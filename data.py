@@ -118,7 +118,7 @@ class Clips(Dataset):
 
 
 class Files(Dataset):
-    """Files with labels, [(path, label)]: images, or where frames > 1 videos and folders of frames (see `read_clip`)."""
+    """Files with labels, [(path, label)]: images, or with frames > 1 videos and folders of frames (see `read_clip`)."""
 
     def __init__(self, found, channels=3, frames=1, stride=1):
         self.channels, self.frames, self.stride = channels, frames, stride
@@ -253,11 +253,11 @@ def read_clip(path, frames, stride, views=None, channels=3):
 
 
 def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None):
-    """(training source, validation source or None, class names or None) for --data: None, "cifar10", a folder or a list.
+    """(training source, validation source or None, class names or None) for --data: None, "cifar10", a folder, a list.
 
-    A folder is DIR/train/<class>/... with DIR/val/<class>/... or DIR/test/<class>/..., or DIR/train.txt with DIR/val.txt
-    or DIR/test.txt; where no labels are needed (labelled=False) it is any folder or list, and DIR/train alone is used if
-    there is one. With frames > 1 the samples are clips. label: of the built-in clips, see `Clips`.
+    A folder is DIR/train/<class>/... with DIR/val/<class>/... or DIR/test/<class>/..., or DIR/train.txt with
+    DIR/val.txt or DIR/test.txt; where no labels are needed (labelled=False) it is any folder or list, and DIR/train
+    alone is used if there is one. With frames > 1 the samples are clips. label: of the built-in clips, see `Clips`.
     """
     if (data is None or frames > 1) and channels not in (1, 3):
         raise UserError(f"{'clips' if frames > 1 else 'the built-in photographs'} have 1 or 3 channels, not {channels}"
@@ -315,7 +315,7 @@ BICUBIC = InterpolationMode.BICUBIC
 
 
 class Normalise:
-    """PIL image or tensor of any type -> float tensor (..., C, H, W): integers scaled to [0, 1], then (x - mean) / std."""
+    """PIL image or any tensor -> float tensor (..., C, H, W): integers scaled to [0, 1], then (x - mean) / std."""
 
     def __init__(self, mean, std):
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)

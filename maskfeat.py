@@ -1,8 +1,8 @@
 """MaskFeat: "Masked Feature Prediction for Self-Supervised Visual Pre-Training", Wei et al. 2022, arXiv 2112.09133.
 
-Replace 40 % of an image's or a video's patches by a mask token and let a Vision Transformer predict, at each of them, not
-the pixels but a feature of the pixels: the histogram of oriented gradients (HOG), which says where edges run and leaves
-out colour and contrast. It needs no tokenizer, no teacher and no decoder: one linear layer reads the prediction off.
+Replace 40 % of an image's or a video's patches by a mask token and let a Vision Transformer predict, at each of them,
+not the pixels but a feature of the pixels: the histogram of oriented gradients (HOG), which says where edges run and
+leaves out colour and contrast. It needs no tokenizer, no teacher and no decoder: one linear layer makes the prediction.
 
     pixels (B, C, H, W), or clips (B, C, T, H, W): an image is a clip of one frame
       | cut into L patches (tubelets) and project                              (B, L, D)
@@ -157,7 +157,7 @@ def hog(images, bins=9, cell=8):
 
 
 def hog_targets(images, patch=16, cell=8):
-    """HOG by patch: (B, C, H, W) -> (B, L, C*bins*(patch/cell)**2), ordered as (channel, bin, cell row, cell column)."""
+    """HOG by patch: (B, C, H, W) -> (B, L, C*bins*(patch/cell)**2), by (channel, bin, cell row, cell column)."""
     n = patch // cell
     histograms = hog(images, cell=cell).unflatten(4, (-1, n)).unflatten(3, (-1, n))  # (B, C, bins, rows, n, columns, n)
     return histograms.permute(0, 3, 5, 1, 2, 4, 6).flatten(3).flatten(1, 2)
@@ -209,8 +209,8 @@ def lay_blocks(batch, grid, count, least, most, generator, device):
     """Lay random blocks over a grid (times, rows, columns) until `count` tokens are masked: (batch, L).
 
     The area of a block in space is uniform between `least` and `most`, tokens; most = None means what is still to be
-    masked, which may be less than `least`. Its aspect is 0.3 to 1/0.3. A block that would mask too much is dropped; what
-    the tries leave open is filled with single tokens.
+    masked, which may be less than `least`. Its aspect is 0.3 to 1/0.3. A block that would mask too much is dropped;
+    what the tries leave open is filled with single tokens.
     """
     times, rows, columns = grid
     time, row, column = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
@@ -249,7 +249,8 @@ class MaskFeat(ViT):
     target: "hog" or "pixels"; cell: side of a cell of HOG, pixels. The rest as in `ViT`.
     """
 
-    def __init__(self, size="base", image_size=224, patch_size=16, channels=3, frames=1, tubelet=1, target="hog", cell=8):
+    def __init__(self, size="base", image_size=224, patch_size=16, channels=3, frames=1, tubelet=1, target="hog",
+                 cell=8):
         super().__init__(size, image_size, patch_size, channels, frames, tubelet, learned_positions=True)
         if target == "hog" and patch_size % cell:
             raise UserError(f"a patch of {patch_size} pixels does not hold whole cells of {cell}: change --cell")
@@ -300,7 +301,8 @@ def new_model(args):
     """The model before training, the same for the same seed; with --init the one to go on from."""
     grid = grid_of(args.image_size, args.patch_size, args.frames, args.tubelet)
     if args.masking != "random" and (args.masking == "block") != (len(grid) == 2):
-        raise UserError(f"--masking {args.masking} is for {'images' if args.masking == 'block' else 'clips (--frames)'}")
+        kind = "images" if args.masking == "block" else "clips (--frames)"
+        raise UserError(f"--masking {args.masking} is for {kind}")
     if not 0 < masked_tokens(args.masking, grid, args.mask_ratio) < math.prod(grid):
         raise UserError(f"--mask-ratio {args.mask_ratio} masks none or all of the {math.prod(grid)} tokens")
     torch.manual_seed(args.seed)
@@ -544,7 +546,8 @@ def save_picture(path, model, pixels, args):
         if model.target == "hog":
             columns.append(torch.stack([draw_hog(v, m, model, zoom) for v, m in zip(values, mask.cpu())]))
         else:
-            shades = (0.5 + 0.2 * unpatchify(values, model.patch_size, grid))[:, [0, 1, 2] if args.channels >= 3 else [0] * 3]
+            shades = 0.5 + 0.2 * unpatchify(values, model.patch_size, grid)
+            shades = shades[:, :3] if args.channels >= 3 else shades[:, :1].expand(-1, 3, -1, -1)
             columns.append(F.interpolate(shades.clamp(0, 1), scale_factor=zoom))
     picture = torch.stack(columns, dim=1).flatten(0, 1)
     save_image(make_grid(picture, nrow=4, padding=4, pad_value=1.0), path)
@@ -568,7 +571,8 @@ def draw_hog(values, mask, model, zoom):
                 x, y = reach * math.cos(angle), -reach * math.sin(angle)
                 middle = ((j + 0.5) * side, (i + 0.5) * side)
                 shade = (255, 220, 90) if bright[i, j] else (110, 110, 130)
-                draw.line([middle[0] - x, middle[1] - y, middle[0] + x, middle[1] + y], fill=shade, width=max(1, side // 24))
+                stroke = [middle[0] - x, middle[1] - y, middle[0] + x, middle[1] + y]
+                draw.line(stroke, fill=shade, width=max(1, side // 24))
     return pil_to_tensor(canvas) / 255
 
 

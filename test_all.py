@@ -537,7 +537,7 @@ def test_gradient_reaches_every_parameter_of_maskfeat(frames):
     assert {"mask_token", "cls_token", "pos_embed"} < dict(model.named_parameters()).keys()  # positions are learned
 
 
-# ----------------------------------------------------------------------------------------------------------------- clips
+# ---------------------------------------------------------------------------------------------------------------- clips
 
 NUMBERS = [20 * i for i in range(12)]  # the shades of the frames of the test videos
 
@@ -761,7 +761,8 @@ def test_maskfeat_on_videos_by_command_line(videos, tmp_path, monkeypatch, capsy
 
     out = tmp_path / "run"
     flags = ["--recipe", "demo", "--data", videos, "--batch-size", 4, "--stride", 2]
-    printed = maskfeat_main(*flags, "--frames", 4, "--image-size", 32, "--patch-size", 8, "--steps", 2, "--target", "pixels", "--out", out)
+    printed = maskfeat_main(*flags, "--frames", 4, "--image-size", 32, "--patch-size", 8, "--steps", 2,
+                            "--target", "pixels", "--out", out)
     assert "validation clips: " in printed and Image.open(out / "prediction.png").height == 2 * 224 + 3 * 4
     flags += ["--init", out / "last.pt"]
     printed = maskfeat_main("finetune", *flags, "--views", 3, "--steps", 2, "--randaugment", 7, "--mixup", 0.8,
@@ -773,8 +774,8 @@ def test_maskfeat_on_videos_by_command_line(videos, tmp_path, monkeypatch, capsy
     maskfeat_main("show", "--init", out / "last.pt", "--image", videos / "val/darker/clip1", "--out", tmp_path / "s")
     assert (tmp_path / "s/prediction.png").exists()
     # Another number of frames: the positions are interpolated in time.
-    maskfeat_main("finetune", "--recipe", "demo", "--data", videos, "--init", out / "last.pt", "--frames", 8, "--steps", 1,
-                  "--batch-size", 4, "--out", tmp_path / "longer")
+    maskfeat_main("finetune", "--recipe", "demo", "--data", videos, "--init", out / "last.pt", "--frames", 8,
+                  "--steps", 1, "--batch-size", 4, "--out", tmp_path / "longer")
     assert common.ViT.load(tmp_path / "longer/last.pt").grid == (4, 4, 4)
 
 
@@ -884,8 +885,8 @@ def test_bad_input_to_maskfeat_gets_one_sentence(arguments, message, tmp_path, m
 
 
 def test_a_checkpoint_of_images_does_not_make_a_model_of_clips(checkpoint, tmp_path, monkeypatch, capsys):
-    one_sentence(maskfeat, ["finetune", "--init", checkpoint, "--frames", 8], "another shape for", tmp_path, monkeypatch,
-                 capsys)
+    arguments = ["finetune", "--init", checkpoint, "--frames", 8]
+    one_sentence(maskfeat, arguments, "another shape for", tmp_path, monkeypatch, capsys)
 
 
 def one_sentence(method, arguments, message, tmp_path, monkeypatch, capsys):
