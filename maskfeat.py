@@ -139,7 +139,7 @@ def gradients(images):
 
 @torch.no_grad()
 def hog(images, bins=9, cell=8):
-    """Histograms of oriented gradients (Section 3.2): (B, C, H, W) -> (B, C, bins, H/cell, W/cell), in float32.
+    """Histograms of oriented gradients: (B, C, H, W) -> (B, C, bins, H/cell, W/cell), in float32.
 
     At each pixel of each channel the gradient has a length and a direction in [0, pi), since an edge and its negative
     count alike. A cell's histogram adds up the lengths by direction and is divided by its L2 norm.
@@ -165,7 +165,7 @@ def hog_targets(images, patch=16, cell=8):
 
 # ----------------------------------------------------------------------------------------------------------- masking
 # A mask is (batch, L) bool, True = masked, with exactly masked_tokens(...) of them in every sample. A grid is
-# (rows, columns) for images, (times, rows, columns) for clips. Section 4.3 and Table 7 compare the maskings on clips.
+# (rows, columns) for images, (times, rows, columns) for clips.
 
 
 def masked_tokens(masking, grid, ratio):

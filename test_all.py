@@ -653,10 +653,9 @@ def test_built_in_clips():
     labels = [train[i][1] for i in range(0, 6000, 10)]
     assert {label // 12 for label in labels} == set(range(15)) and {label % 12 for label in labels} == set(range(12))
     assert torch.equal(train[17][0], train[17][0]) and train[17][0].shape == (8, 3, 64, 64)
-    for i in range(0, 1500, 50):  # the camera never leaves the photograph: no black corner comes in
-        clip, label = val[i]
-        if Image.Image.getextrema(val.regions[label // 12])[0][0] > 0:
-            assert clip.amax(1).min() > 0
+    val.regions = [Image.new("RGB", region.size, "white") for region in val.regions]
+    for i in range(0, 1500, 7):  # the camera never leaves the photograph: no black corner comes in
+        assert val[i][0].min() == 255
     by_label = {label: data.Clips(True, 2, label=label)[5999][1] for label in ("photograph", "motion", None)}
     assert by_label[None] == by_label["photograph"] * 12 + by_label["motion"]
     shift = {}  # a pan to the right moves the picture to the left
