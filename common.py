@@ -167,7 +167,8 @@ class ViT(nn.Module):
     size: a key of SIZES; image_size: pixels, an int or (H, W), a multiple of patch_size.
     frames > 1 makes it a video model whose tokens span `tubelet` frames.
     class_token: put a learned token before the patches; learned_positions: else the fixed sine-cosine table.
-    pool: "class" (final `norm`, then the class token) or "mean" (mean of the patch tokens, then `fc_norm`).
+    pool: "class" (final `norm`, then the class token, or where there is none the mean of the patch tokens) or "mean"
+    (mean of the patch tokens, then `fc_norm`).
     num_classes: 0 returns the pooled features (B, D), else logits (B, num_classes).
     drop_path: rate of the last block; it rises linearly from 0 at the first.
     """
@@ -216,7 +217,8 @@ class ViT(nn.Module):
 
     def forward(self, pixels):
         x = self.tokens(pixels)
-        x = x[:, -math.prod(self.grid):].mean(dim=1) if self.pool == "mean" else x[:, 0]
+        class_token = self.pool == "class" and self.cls_token is not None
+        x = x[:, 0] if class_token else x[:, -math.prod(self.grid):].mean(dim=1)
         return self.head(self.fc_norm(x))
 
     @staticmethod
@@ -228,7 +230,7 @@ class ViT(nn.Module):
         the norm before it, start anew where the file has none that fits. Raises UserError if the file does not fit.
         """
         weights, settings = read_weights(path)
-        old = describe(weights, settings, path)
+        old, weights = describe(weights, settings, path), encoder_of(weights)
         vit = ViT(**{**old, **changes})
         own = vit.state_dict()
         old_grid = grid_of(old["image_size"], old["patch_size"], old["frames"], old["tubelet"])
@@ -288,9 +290,18 @@ def read_weights(path):
     return dict(weights), settings
 
 
+def encoder_of(weights):
+    """The weights of the encoder alone: of a V-JEPA its y-encoder, of a probe the encoder under it."""
+    for prefix in ("target_encoder.", "encoder."):
+        if any(name.startswith(prefix) for name in weights):
+            return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    return weights
+
+
 def describe(weights, settings, path):
     """The arguments of the ViT that `weights` belong to, read off names and shapes (settings: see `read_weights`)."""
     try:
+        weights = encoder_of(weights)
         dim, channels, *tubelet, _, patch_size = weights["patch_embed.proj.weight"].shape  # a tubelet if it is video
         frames, tubelet = (settings.get("frames", 16), tubelet[0]) if tubelet else (1, 1)
         class_token = "cls_token" in weights
@@ -325,17 +336,17 @@ def load_strictly(model, weights, path):
 def settings_of(args):
     """What a run depends on, as plain values: all flags but those on where and how it runs."""
     technical = ("task", "recipe", "out", "fresh", "device", "compile", "workers", "log_every", "save_every", "epochs",
-                 "measure", "eval_only", "image", "views", "accumulate", "precision")
+                 "measure", "eval_only", "image", "views", "accumulate", "precision", "probe_every")
     settings = {name: value for name, value in vars(args).items() if name not in technical and value is not None}
     if args.data and args.data != "cifar10":
         settings["data"] = str(Path(args.data).resolve())
     return settings
 
 
-def save_run(args, settings, step, model, optimizer, scaler):
+def save_run(args, settings, step, model, optimizer, scaler, name="last.pt"):
     """Write DIR/last.pt; under another name first, so that it is whole at every moment. Rank 0 only."""
     if is_rank_0():
-        path = Path(args.out, "last.pt")
+        path = Path(args.out, name)
         with open(path.with_suffix(".partial"), "wb") as file:
             torch.save({"settings": settings, "step": step, "model": model.state_dict(),
                         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, file)
@@ -449,10 +460,10 @@ def no_sync(model, last):
 # ------------------------------------------------------------------------------------------------ schedule, optimizer
 
 
-def cosine(step, steps, warmup, peak, final=0.0):
-    """Linear warm-up from 0 to `peak` over `warmup` steps, then half a cosine down to `final` at `steps`."""
+def cosine(step, steps, warmup, peak, final=0.0, start=0.0):
+    """Linear warm-up from `start` to `peak` over `warmup` steps, then half a cosine to `final` at `steps`."""
     if step < warmup:
-        return peak * step / warmup
+        return start + (peak - start) * step / warmup
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
@@ -463,19 +474,21 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, no_decay=()):
     is layer i + 1, what follows the blocks is layer depth + 1 (BEiT, arXiv 2106.08254). A step's learning rate is the
     schedule's times lr_scale.
     """
-    depth, groups = len(model.blocks), {}
+    depth, groups = len(getattr(model, "encoder", model).blocks), {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        name = name.removeprefix("encoder.")
         if name.startswith(("patch_embed", "cls_token", "pos_embed")):
             layer = 0
         elif name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
         else:
             layer = depth + 1
-        decay = 0.0 if parameter.ndim == 1 or name in no_decay else weight_decay
         scale = layer_decay ** (depth + 1 - layer)
-        group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        decays = parameter.ndim > 1 and name not in no_decay
+        group = groups.setdefault((scale, decays), {"params": [], "lr_scale": scale, "weight_decay": weight_decay * decays,
+                                                    "decays": decays})
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -537,6 +550,10 @@ class Log:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=first_step)
+
+    def lines(self):
+        """The records of the run so far."""
+        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
 
     def step_done(self):
         self.step += 1
@@ -630,9 +647,9 @@ def parse_command_line(method, description, recipes, flags):
     for name, value in vars(args).items():
         if name in flags and value is not None:
             written = f"--{name.replace('_', '-')}"
-            least = 1 if flags[name][0] is int and name not in ("seed", "workers") else 0
+            least = 1 if flags[name][0] is int and name not in ("seed", "workers") or name == "stretch" else 0
             most = 10 if name == "randaugment" else 1 if name in (
-                "mask_ratio", "warmup", "drop_path", "erasing", "smoothing") else math.inf
+                "mask_ratio", "warmup", "drop_path", "erasing", "smoothing", "momentum", "start_lr") else math.inf
             if isinstance(value, (int, float)) and not least <= value <= most:
                 raise UserError(f"{written} {value} is not a number from {least} to {most}")
             if name not in FLAGS and name not in recipes[args.task]:
@@ -653,7 +670,10 @@ def parse_command_line(method, description, recipes, flags):
         if args.eval_only:
             values["pool"] = model["pool"]
         kept = ("mean", "std", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads", "target", "cell",
-                "stride", *(("masking", "mask_ratio") if args.task == "show" else ()))
+                "stride", "predictor_dim", "predictor_depth")
+        if args.task == "show" or "predictor_dim" in settings:  # the masks that the model was trained with
+            kept += ("masking", "mask_ratio", "mask_group")
+            values |= {"context_frames": settings.get("context_frames")} if "predictor_dim" in settings else {}
         values |= {name: settings[name] for name in kept
                    if name in settings and (name in FLAGS or name in recipes[args.task])}
     column = (args.recipe or ("paper" if args.data else "demo")) == "demo"

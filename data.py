@@ -70,16 +70,17 @@ class Clips(Dataset):
     """Clips of a virtual camera that moves over the photographs: pans in 8 directions, zooms, rolls. No download.
 
     A clip is (T, C, 64, 64). Its label is the photograph, the motion, or both: label = photograph * 12 + motion.
-    The regions of training and validation are those of `Photographs`, at half their size.
+    The regions of training and validation are those of `Photographs`, at half their size. With twice the stride the
+    camera goes twice as far.
     """
     motions = [f"pan {direction}" for direction in ("right", "down right", "down", "down left", "left", "up left", "up",
                                                     "up right")] + ["zoom in", "zoom out", "roll left", "roll right"]
     side = 64  # pixels of a frame
 
-    def __init__(self, train, frames, channels=3, label=None, length=6000):
+    def __init__(self, train, frames, channels=3, label=None, length=6000, stride=4):
         regions = Photographs(train, channels).regions
         self.regions = [region.resize((region.width // 2, region.height // 2), Image.LANCZOS) for region in regions]
-        self.frames, self.label, self.length = frames, label, length
+        self.frames, self.label, self.length, self.speed = frames, label, length, stride / 4
         both = [f"{photograph}, {motion}" for photograph in Photographs.classes for motion in self.motions]
         self.classes = {"photograph": Photographs.classes, "motion": self.motions, None: both}[label]
 
@@ -91,7 +92,7 @@ class Clips(Dataset):
         region = self.regions[photograph]
         draw = np.random.default_rng(index)  # a clip is the same at every draw
         motion, strength = int(draw.integers(len(self.motions))), draw.uniform(0.5, 1)
-        time = strength * np.linspace(-0.5, 0.5, self.frames)
+        time = self.speed * strength * np.linspace(-0.5, 0.5, self.frames)
         x, y, zoom, angle = np.zeros((4, self.frames))  # the camera: x and y in sides of the picture, angle in radians
         if motion < 8:
             x, y = 0.6 * time * np.cos(motion * math.pi / 4), 0.6 * time * np.sin(motion * math.pi / 4)
@@ -263,7 +264,8 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
         raise UserError(f"{'clips' if frames > 1 else 'the built-in photographs'} have 1 or 3 channels, not {channels}"
                         + ("" if data else ": give --data"))
     if data is None and frames > 1:
-        train, val = Clips(True, frames, channels, label), Clips(False, frames, channels, label, 1500)
+        train, val = (Clips(train, frames, channels, label, length, stride)
+                      for train, length in ((True, 6000), (False, 1500)))
         return train, val, train.classes
     if data is None:
         return Photographs(True, channels), Photographs(False, channels, 1500), Photographs.classes
@@ -289,7 +291,13 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
         if labelled and (classes is None or val_list is None):
             raise UserError(f"{train_list} needs lines of `path label`, and a list val.txt (or test.txt) beside it "
                             "in a folder that --data names")
-        val = Files(read_list(val_list, classes)[0], *kind) if classes and val_list and labelled else None
+        val = None
+        if classes and val_list:
+            try:
+                val = Files(read_list(val_list, classes)[0], *kind)
+            except UserError:  # a list without labels, or with other ones
+                if labelled:
+                    raise
         train = Files(found, *kind)
     else:
         train = root / "train" if (root / "train").is_dir() else root
@@ -311,7 +319,7 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
 
 # --------------------------------------------------------------------------------------------------------- transforms
 
-BICUBIC = InterpolationMode.BICUBIC
+BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 
 
 class Normalise:
@@ -326,21 +334,21 @@ class Normalise:
         return (image - self.mean).div_(self.std)
 
 
-def crop_and_flip(image_size, mean, std, scale, flip=True):
+def crop_and_flip(image_size, mean, std, scale, flip=True, ratio=(3 / 4, 4 / 3), interpolation=BICUBIC):
     """Random resized crop of an area share in `scale`, flip: the whole augmentation of pre-training.
 
     This and the transforms below draw once for all frames of a clip (T, C, H, W).
     """
-    return v2.Compose([v2.RandomResizedCrop(height_and_width(image_size), scale, interpolation=BICUBIC),
+    return v2.Compose([v2.RandomResizedCrop(height_and_width(image_size), scale, ratio, interpolation),
                        v2.RandomHorizontalFlip(0.5 if flip else 0.0), Normalise(mean, std)])
 
 
-def strong_augmentation(image_size, mean, std, randaugment, erasing, flip=True):
+def strong_augmentation(image_size, mean, std, randaugment, erasing, flip=True, operations=2):
     """Augmentation of fine-tuning: random crop, flip, RandAugment (magnitude 0 to 10), erasing (a probability)."""
     crop, flip, normalise = crop_and_flip(image_size, mean, std, (0.08, 1.0), flip).transforms
     # The papers, as timm, count RandAugment's magnitude to 10, torchvision to 30. It is for 1 or 3 channels only.
     fill = [int(255 * value) for value in mean]
-    colours = [v2.RandAugment(2, round(3 * randaugment), interpolation=InterpolationMode.BILINEAR, fill=fill)]
+    colours = [v2.RandAugment(operations, round(3 * randaugment), interpolation=BILINEAR, fill=fill)]
     return v2.Compose([crop, flip, *(colours if randaugment and len(mean) in (1, 3) else []), normalise,
                        v2.RandomErasing(erasing, scale=(0.02, 1 / 3), ratio=(0.3, 3.3), value="random")])
 
@@ -362,6 +370,38 @@ class CentreCrop:
             image = v2.functional.resize(image, larger, BICUBIC)
             image = v2.functional.center_crop(image, list(self.size))
         return self.normalise(image)
+
+
+class SpatialViews:
+    """`views` squares evenly along the longer side, each as large as the shorter side: [..., T, C, H, W] ->
+    (views, [...,] T, C, size, size). A single view is that of `CentreCrop`.
+    """
+
+    def __init__(self, image_size, mean, std, views):
+        self.size, self.views = height_and_width(image_size), views
+        self.normalise, self.centre_crop = Normalise(mean, std), CentreCrop(image_size, mean, std)
+
+    def __call__(self, image):
+        image = image if torch.is_tensor(image) else v2.functional.pil_to_tensor(image)
+        if self.views == 1:
+            return self.centre_crop(image)[None]
+        factor = max(self.size[0] / image.shape[-2], self.size[1] / image.shape[-1])
+        larger = [max(side, round(factor * old)) for side, old in zip(self.size, image.shape[-2:])]
+        image = self.normalise(v2.functional.resize(image, larger, BILINEAR))
+        spare = [large - side for large, side in zip(larger, self.size)]
+        corners = [[s * view // (self.views - 1) for s in spare] for view in range(self.views)]
+        return torch.stack([image[..., y:y + self.size[0], x:x + self.size[1]] for y, x in corners])
+
+
+class Repeated:
+    """A transform of images that repeats its result in time, as a clip of a still: -> (..., T, C, H, W)."""
+
+    def __init__(self, transform, frames):
+        self.transform, self.frames = transform, frames
+
+    def __call__(self, image):
+        pixels = self.transform(image).unsqueeze(-4)
+        return pixels.expand(*pixels.shape[:-4], self.frames, *pixels.shape[-3:])
 
 
 def mix_up_and_cut_mix(num_classes, mixup, cutmix):

@@ -17,6 +17,7 @@ import common
 import data
 import mae
 import maskfeat
+import vjepa
 
 HERE = Path(__file__).parent
 TINY = dict(size="nano", image_size=32, patch_size=8, decoder_dim=32, decoder_depth=1, decoder_heads=2)
@@ -31,6 +32,11 @@ def tiny_mae(**changes):
 
 MASKFEAT_FLAGS = ["--recipe", "demo", "--image-size", "32", "--batch-size", "8", "--workers", "0", "--log-every", "1",
                   "--device", "cpu"]
+
+
+VJEPA_FLAGS = ["--recipe", "demo", "--image-size", "32", "--patch-size", "8", "--frames", "4", "--predictor-dim", "32",
+               "--predictor-depth", "1", "--batch-size", "8", "--workers", "0", "--log-every", "1", "--device", "cpu",
+               "--masking", "multiblock", "--context-frames", "4"]
 
 
 def run(*arguments, processes=None):
@@ -656,6 +662,10 @@ def test_built_in_clips():
     val.regions = [Image.new("RGB", region.size, "white") for region in val.regions]
     for i in range(0, 1500, 7):  # the camera never leaves the photograph: no black corner comes in
         assert val[i][0].min() == 255
+    def change(clips):
+        some = [clips[i][0].float() for i in range(0, 6000, 60)]
+        return np.mean([(clip[0] - clip[-1]).abs().mean() for clip in some])
+    assert change(data.Clips(True, 8, stride=8)) > change(train)  # the camera goes farther
     by_label = {label: data.Clips(True, 2, label=label)[5999][1] for label in ("photograph", "motion", None)}
     assert by_label[None] == by_label["photograph"] * 12 + by_label["motion"]
     shift = {}  # a pan to the right moves the picture to the left
@@ -673,6 +683,246 @@ def test_logits_of_several_clips_are_averaged():
     labels = model(clips.flatten(0, 1)).view(8, 5, 6).mean(1).argmax(1)
     autocast, _ = common.precision_of(_args(precision=None), torch.device("cpu"))
     assert common.accuracy(model, [(clips, labels)], torch.device("cpu"), autocast)[0] == 100
+
+
+# -------------------------------------------------------------------------------------------------------------- V-JEPA
+
+
+def tiny_vjepa(**changes):
+    torch.manual_seed(0)
+    tiny = dict(size="nano", image_size=32, patch_size=8, frames=4, predictor_dim=32, predictor_depth=2)
+    return vjepa.VJEPA(**{**tiny, **changes})
+
+
+def mask_args(**changes):
+    args = dict(masking="multiblock", mask_ratio=0.5, context_frames=None, mask_group=4, batch_size=4, seed=0,
+                tubelet=2)
+    return _args(**{**args, **changes})
+
+
+def tiny_masks(batch=4, grid=(2, 4, 4), step=0):
+    return vjepa.draw_masks(mask_args(batch_size=batch, mask_group=batch), grid, step, slice(0, batch), "cpu")
+
+
+def literal_masks(batch, grid, blocks, scale, seed, context_times):
+    """The published rule, a clip and a block at a time, with the random numbers that ours takes."""
+    times, rows, columns = grid
+    generator = torch.Generator().manual_seed(seed)
+    aspect = 0.75 + torch.rand((), generator=generator).item() * (1.5 - 0.75)
+    area = int(rows * columns * scale)
+    height = min(int(round(math.sqrt(area * aspect))), rows)
+    width = min(int(round(math.sqrt(area / aspect))), columns)
+    clips = [None] * batch
+    while None in clips:
+        place = torch.rand(2, batch, blocks, 1, 1, generator=generator)
+        for b in range(batch):
+            if clips[b] is None:
+                context = np.ones(grid, bool)
+                for k in range(blocks):
+                    top, left = (int(u * (n - side + 1)) for u, n, side in zip(
+                        place[:, b, k, 0, 0].tolist(), (rows, columns), (height, width)))
+                    context[:, top:top + height, left:left + width] = False
+                context[context_times:] = False
+                if context.any():
+                    clips[b] = [np.flatnonzero(context), np.flatnonzero(~context)]
+    return [np.stack([ids[:min(map(len, lists))] for ids in lists]) for lists in zip(*clips)]
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("context_times", [8, 3])
+def test_vjepa_masks_equal_the_published_rule(kind, context_times):
+    """Equal lists in every batch, so their lengths have the same mean and spread too."""
+    blocks, scale = vjepa.MASKS["multiblock"][kind]
+    lengths = []
+    for step in range(1000):
+        seed, grid = common.mix_seed(step), (8, 14, 14)
+        literal = literal_masks(4, grid, blocks, scale, seed, context_times)
+        generator = torch.Generator().manual_seed(seed)
+        size = vjepa.block_size(grid, scale, generator)
+        ours = vjepa.multiblock_mask(4, grid, blocks, size, generator, "cpu", context_times)
+        assert all(np.array_equal(a, b) for a, b in zip(ours, literal))
+        lengths.append([ids.shape[1] for ids in ours])
+    assert np.std(lengths, axis=0).min() > 10  # the lengths do change
+
+
+@pytest.mark.parametrize("masking", ["multiblock", "block", "tube"])
+@pytest.mark.parametrize("context_frames", [None, 6])
+def test_vjepa_masks_are_pairs_in_raster_order(masking, context_frames):
+    grid, args = (8, 6, 6), mask_args(masking=masking, mask_ratio=0.9, context_frames=context_frames, batch_size=16,
+                                      mask_group=16)
+    for step in range(20):
+        context, target = vjepa.draw_masks(args, grid, step, slice(0, 16), "cpu")
+        assert len(context) == len(target) == (2 if masking == "multiblock" else 1)
+        for context_ids, target_ids in zip(context, target):
+            assert (context_ids.diff(dim=1) > 0).all() and (target_ids.diff(dim=1) > 0).all()
+            assert context_ids.shape[1] > 0
+            both = torch.cat([context_ids, target_ids], dim=1)
+            assert all(len(set(row)) == len(row) for row in both.tolist()) and both.max() < 8 * 36
+            assert len({tuple(row) for row in context_ids.tolist()}) > 1  # places are drawn for each clip
+            assert (context_ids < 3 * 36).all() or not context_frames
+
+
+def test_vjepa_masks_do_not_depend_on_the_processes():
+    args = mask_args(batch_size=16, mask_group=8)
+    for groups in (mask_args(batch_size=16, mask_group=8), mask_args(batch_size=16, mask_group=11)):
+        context, target = vjepa.draw_masks(groups, (4, 6, 6), 3, slice(8, 16), "cpu")
+        for start in (8, 12):  # two processes share a group
+            rows = vjepa.draw_masks(args, (4, 6, 6), 3, slice(start, start + 4), "cpu")
+            for mine, whole in zip(rows[0] + rows[1], context + target):
+                assert torch.equal(mine, whole[start - 8:start - 4])
+    heights = {vjepa.draw_masks(mask_args(batch_size=64, mask_group=1, masking="block"), (2, 9, 9), 0, slice(i, i + 1),
+                                "cpu")[1][0].shape[1] for i in range(32)}
+    assert len(heights) == 1  # a single block: its size is that of the step, also in other groups
+
+
+def test_context_never_sees_a_target():
+    model, clips = tiny_vjepa(), torch.randn(4, 3, 4, 32, 32)
+    context_ids, target_ids = tiny_masks()
+    before = model.encode_context(clips, context_ids)
+    for kind in (0, 1):
+        is_target = torch.zeros(4, 32).scatter_(1, target_ids[kind], 1.0).view(4, 1, 2, 4, 4)
+        pixels = is_target.repeat_interleave(2, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
+        after = model.encode_context(clips + 100 * pixels * torch.randn_like(clips), context_ids)
+        assert torch.equal(before[kind], after[kind]) and before[kind].shape[1] == context_ids[kind].shape[1]
+        assert not torch.allclose(before[kind], model.encode_context(clips + (1 - pixels), context_ids)[kind])
+
+
+@pytest.mark.parametrize("target", ["latent", "pixels"])
+def test_vjepa_loss_equals_the_obvious_computation(target):
+    model, clips = tiny_vjepa(target=target), torch.randn(3, 3, 4, 32, 32)
+    context_ids, target_ids = tiny_masks(3)
+    for parameter in model.target_encoder.parameters():
+        parameter.data += 0.01  # another network than the x-encoder
+    by_mask = []
+    for kind in (0, 1):
+        errors = []
+        for b in range(3):
+            pred = model.predictor(model.encode_context(clips, context_ids)[kind][b:b + 1], context_ids[kind][b:b + 1],
+                                   target_ids[kind][b:b + 1], kind)[0]
+            for place, value in zip(target_ids[kind][b].tolist(), pred):
+                if target == "latent":
+                    wanted = model.target_encoder.tokens(clips[b:b + 1])[0, place]
+                    errors.append(((wanted - wanted.mean()) / (wanted.var(unbiased=False) + 1e-5).sqrt() - value).abs())
+                else:
+                    time, row, column = place // 16, place % 16 // 4, place % 4
+                    wanted = clips[b, :, 2 * time:2 * time + 2, 8 * row:8 * row + 8, 8 * column:8 * column + 8]
+                    wanted = wanted.permute(1, 2, 3, 0).flatten()
+                    errors.append(((wanted - wanted.mean()) / (wanted.var() + 1e-6).sqrt() - value) ** 2)
+        by_mask.append(torch.stack(errors).mean())
+    assert torch.allclose(model(clips, context_ids, target_ids), sum(by_mask) / 2, atol=1e-6)
+    targets = model.targets(clips)
+    assert targets.mean(-1).abs().max() < 1e-5 and targets.var(-1).sub(1).abs().max() < 0.02
+
+
+def test_gradient_reaches_the_encoder_and_the_predictor_alone():
+    model = tiny_vjepa()
+    model(torch.randn(4, 3, 4, 32, 32), *tiny_masks()).backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("target_encoder") or name.endswith("pos_embed"):
+            assert not parameter.requires_grad and parameter.grad is None
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_target_encoder_is_the_closed_form_of_the_average():
+    model = tiny_vjepa()
+    start = [p.clone() for p in model.target_encoder.parameters()]
+    for parameter in model.encoder.parameters():
+        parameter.data += torch.randn_like(parameter) * parameter.requires_grad
+    for _ in range(5):
+        model.update_target_encoder(0.9)
+    for now, then, x in zip(model.target_encoder.parameters(), start, model.encoder.parameters()):
+        assert torch.allclose(now, 0.9 ** 5 * then + (1 - 0.9 ** 5) * x, atol=1e-6)
+
+
+def test_predictions_depend_on_the_place_of_the_target_and_on_the_mask_token():
+    model, context = tiny_vjepa(), torch.randn(1, 5, 128)
+    context_ids, target_ids = torch.arange(5)[None], torch.arange(10, 14)[None]
+    pred = model.predictor(context, context_ids, target_ids, 0)
+    assert torch.allclose(model.predictor(context, context_ids, target_ids.flip(1), 0), pred.flip(1), atol=1e-6)
+    assert not torch.allclose(pred[0, 0], pred[0, 1], atol=1e-3)
+    model.predictor.mask_tokens[1].data.normal_()
+    assert not torch.allclose(model.predictor(context, context_ids, target_ids, 1), pred, atol=1e-3)
+
+
+def test_names_of_vjepa_are_the_published_ones():
+    model = tiny_vjepa()
+    block = {f"{part}.{kind}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+             for kind in ("weight", "bias")}
+    assert set(model.encoder.state_dict()) == set(model.target_encoder.state_dict()) == {"pos_embed"} | {
+        f"{part}.{kind}" for part in ("patch_embed.proj", "norm") for kind in ("weight", "bias")} | {
+        f"blocks.{i}.{name}" for i in range(4) for name in block}
+    assert set(model.predictor.state_dict()) == {"predictor_pos_embed", "mask_tokens.0", "mask_tokens.1"} | {
+        f"predictor_{part}.{kind}" for part in ("embed", "norm", "proj") for kind in ("weight", "bias")} | {
+        f"predictor_blocks.{i}.{name}" for i in range(2) for name in block}
+    pooler = {"query_tokens"} | {f"cross_attention_block.{part}.{kind}" for kind in ("weight", "bias") for part in (
+        "norm1", "xattn.q", "xattn.kv", "xattn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
+    assert set(vjepa.AttentiveClassifier(128, 4, 5).state_dict()) == {"linear.weight", "linear.bias"} | {
+        f"pooler.{name}" for name in pooler}
+
+
+def test_segments_are_attended_together_and_views_averaged():
+    torch.manual_seed(0)
+    model = vjepa.Classifier(common.ViT("nano", 32, 8, frames=4, tubelet=2, class_token=False), 5)
+    clips = torch.randn(2, 3, 4, 3, 4, 32, 32)  # (B, views, segments, C, T, H, W)
+    logits = [model.classifier(torch.cat([model.encoder.tokens(clips[:, view, s]) for s in range(4)], dim=1))
+              for view in range(3)]
+    probabilities = sum(x.softmax(-1) for x in logits) / 3
+    assert torch.allclose(model(clips).exp(), probabilities, atol=1e-6)
+    assert torch.allclose(model(clips[:, 0]), logits[0], atol=1e-6)
+    assert torch.allclose(model(clips[:, 0, 0]), model(clips[:, 0, :1]), atol=1e-6)
+
+
+def test_views_cover_the_longer_side_and_stills_repeat():
+    clip = torch.arange(48).repeat(3, 2, 3, 32, 1).byte()  # (segments, T, C, 32, 48): the column is the value
+    views = data.SpatialViews(32, [0.0], [1 / 255], 3)(clip)
+    assert views.shape == (3, 3, 2, 3, 32, 32)
+    assert views[:, 0, 0, 0, 0, 0].round().tolist() == [0, 8, 16]
+    assert data.SpatialViews(32, [0.0], [1.0], 1)(clip).shape == (1, 3, 2, 3, 32, 32)
+    still = data.Repeated(data.CentreCrop(32, [0.0], [1.0]), 4)(Image.new("RGB", (40, 40), (255, 0, 0)))
+    assert still.shape == (4, 3, 32, 32) and (still[:, 0] == 1).all()
+
+
+def test_neighbours_spread_and_rank():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    centres = 3 * torch.randn(3, 8, generator=generator)
+    x = centres[labels] + 0.1 * torch.randn(90, 8, generator=generator)
+    assert vjepa.nearest_neighbours(x, labels) == 100
+    assert vjepa.nearest_neighbours(torch.randn(90, 8, generator=generator), labels) < 60
+    flat = torch.randn(4000, 3, generator=generator) @ torch.linalg.qr(torch.randn(8, 3, generator=generator))[0].T
+    spread, rank = vjepa.spread_and_rank(flat)
+    assert rank == pytest.approx(3, rel=0.01) and spread == pytest.approx(math.sqrt(3 / 8), rel=0.2)
+    spread, rank = vjepa.spread_and_rank(torch.ones(50, 8))
+    assert spread == 0 and rank < 1.01
+
+
+def test_changing_lengths_are_compiled_once():
+    torch.compiler.reset()
+    model = torch.compile(tiny_vjepa(), backend="eager")
+    lengths = set()
+    for step in range(8):
+        masks = tiny_masks(4, step=step)
+        lengths.add(tuple(ids.shape[1] for ids in masks[0] + masks[1]))
+        for ids in masks[0] + masks[1]:
+            torch._dynamo.maybe_mark_dynamic(ids, 1)
+        with torch.compiler.set_stance("default" if step < 2 else "fail_on_recompile"):
+            model(torch.randn(4, 3, 4, 32, 32), *masks)
+    assert len(lengths) > 4
+
+
+def test_a_collapse_is_noticed(tmp_path, monkeypatch, capsys):
+    """Momentum 0 and a predictor that learns nothing: all features become the same."""
+    new_model = vjepa.new_model
+
+    def without_predictor(args):
+        model = new_model(args)
+        model.predictor.requires_grad_(False)
+        return model
+    monkeypatch.setattr(vjepa, "new_model", without_predictor)
+    flags = ["--momentum", 0, "--stretch", 1000, "--steps", 60, "--probe-every", 10, "--probe-clips", 30]
+    main(monkeypatch, *flags, "--base-lr", 1, *VJEPA_FLAGS, "--out", tmp_path / "run", method=vjepa)
+    assert "the features collapse" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -700,7 +950,8 @@ def test_finetune_linprobe_and_show_by_command_line(checkpoint, folder, tmp_path
 
 
 RUNS = [(mae, TINY_FLAGS, "folder"), (maskfeat, MASKFEAT_FLAGS, "folder"),
-        (maskfeat, [*MASKFEAT_FLAGS, "--frames", "4", "--patch-size", "8"], "videos")]
+        (maskfeat, [*MASKFEAT_FLAGS, "--frames", "4", "--patch-size", "8"], "videos"),
+        (vjepa, [*VJEPA_FLAGS, "--probe-every", "3"], "videos")]
 
 
 @pytest.mark.parametrize("method, tiny, where", RUNS)
@@ -722,7 +973,7 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(method, tiny, where, r
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-@pytest.mark.parametrize("method, tiny, where", [RUNS[0], RUNS[2]])
+@pytest.mark.parametrize("method, tiny, where", [RUNS[0], RUNS[3]])
 def test_processes_and_accumulation_do_not_change_the_run(method, tiny, where, request, tmp_path, monkeypatch):
     flags = ["--data", request.getfixturevalue(where), "--steps", 4, "--clip-grad", 1.0, *tiny]
     main(monkeypatch, "--out", tmp_path / "one", *flags, method=method)
@@ -777,12 +1028,63 @@ def test_maskfeat_on_videos_by_command_line(videos, tmp_path, monkeypatch, capsy
     assert common.ViT.load(tmp_path / "longer/last.pt").grid == (4, 4, 4)
 
 
+def test_vjepa_by_command_line(videos, folder, tmp_path, monkeypatch, capsys):
+    def vjepa_main(*arguments):
+        main(monkeypatch, *arguments, "--recipe", "demo", "--device", "cpu", "--workers", 0, method=vjepa)
+        return capsys.readouterr().out
+
+    out = tmp_path / "run"
+    flags = ["--data", videos, "--stride", 2, "--batch-size", 4]
+    printed = vjepa_main(*VJEPA_FLAGS, *flags, "--steps", 3, "--probe-every", 2, "--out", out)
+    assert "validation clips, class: " in printed and str(out / "best.pt") in printed
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {"step", "loss", "lr", "momentum", "knn_class", "spread", "rank"} <= set(records[1])
+    assert "rank" not in records[0]
+    best, last = (common.read_checkpoint(out / name) for name in ("best.pt", "last.pt"))
+    assert best["step"] in (2, 3) and last["step"] == 3
+    assert Image.open(out / "tokens.png").size == (4 * 224 + 5 * 4, 2 * 224 + 3 * 4)
+    encoder = common.ViT.load(out / "last.pt")  # the y-encoder
+    assert torch.equal(encoder.blocks[0].attn.qkv.weight, last["model"]["target_encoder.blocks.0.attn.qkv.weight"])
+
+    frozen = ["--init", out / "last.pt", "--segments", 2, "--views", 3]
+    printed = vjepa_main("probe", *flags, *frozen, "--steps", 3, "--out", tmp_path / "p").splitlines()[-1]
+    assert "top-1" in printed
+    after = common.read_weights(tmp_path / "p/last.pt")[0]
+    assert torch.equal(after["encoder.blocks.0.attn.qkv.weight"], encoder.blocks[0].attn.qkv.weight)
+    again = vjepa_main("probe", "--data", videos, "--stride", 2, "--eval-only", "--init", tmp_path / "p/last.pt",
+                       "--segments", 2, "--views", 3)
+    assert again.splitlines()[-1] == printed
+    vjepa_main("finetune", *flags, "--init", out / "best.pt", "--steps", 2, "--drop-path", 0.1, "--randaugment", 7,
+               "--erasing", 0.25, "--out", tmp_path / "f")
+    after = common.read_weights(tmp_path / "f/last.pt")[0]
+    assert not torch.equal(after["encoder.blocks.0.attn.qkv.weight"], encoder.blocks[0].attn.qkv.weight)
+
+    image = next((folder / "test/coffee").glob("*.png"))
+    for path in (image, videos / "val/darker/clip1"):
+        vjepa_main("show", "--init", out / "last.pt", "--image", path, "--out", tmp_path / "s", "--masking", "tube")
+        assert Image.open(tmp_path / "s/tokens.png").size == (3 * 224 + 4 * 4, 2 * 224 + 3 * 4)
+    stills = ["probe", "--data", folder, "--still", "--init", out / "last.pt", "--steps", 2, "--batch-size", 4]
+    assert "top-1" in vjepa_main(*stills, "--out", tmp_path / "i")
+    stills = ["--data", folder, "--still", *VJEPA_FLAGS, "--steps", 1]
+    assert "validation clips, class: " in vjepa_main(*stills, "--out", tmp_path / "still")
+
+
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--compile"]])
 def test_bf16_and_compile_agree_with_float32(folder, tmp_path, monkeypatch, flags):
     common_flags = ["--data", folder, "--steps", 2, *TINY_FLAGS]
     main(monkeypatch, "--out", tmp_path / "plain", *common_flags)
     main(monkeypatch, "--out", tmp_path / "other", *common_flags, *flags)
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
+
+
+def test_the_demo_of_vjepa_does_not_collapse(tmp_path):
+    """A part of the demo: no warning, as long as the loss falls; the whole one is in the README."""
+    flags = ["--steps", 60, "--batch-size", 32, "--probe-every", 20, "--probe-clips", 60, "--device", "cpu"]
+    done = run("vjepa.py", *flags, "--out", tmp_path / "run")
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
+    assert all(record["spread"] > 0.2 and record["rank"] > 4 for record in records if "rank" in record)
 
 
 @pytest.mark.parametrize("script, steps, gain", [("mae.py", 250, 3), ("maskfeat.py", 500, 3)])
@@ -880,6 +1182,23 @@ def test_bad_input_gets_one_sentence(arguments, message, tmp_path, monkeypatch, 
 ])
 def test_bad_input_to_maskfeat_gets_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
     one_sentence(maskfeat, arguments, message, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--frames", "7"], "7 frames are not a multiple of the tubelet of"),
+    (["--frames", "1"], "needs clips of several frames"),
+    (["--masking", "tube", "--mask-ratio", "0", "--context-frames", "8"], "hides none of the"),
+    (["--masking", "multiblock", "--context-frames", "8", "--image-size", "24"], "hides none of the 4 patches"),
+    (["--momentum", "1.5"], "is not a number from 0 to 1"),
+    (["--predictor-dim", "66"], "not a multiple of 4 attention heads"),
+    (["--data", empty_folder], "no video and no folder of frames"),
+    (["probe", "--eval-only"], "needs --init"),
+    (["probe", "--target", "latent"], "probe does not use --target"),
+    (["show"], "needs --init"),
+    (["show", "--init", other_checkpoint], "not a checkpoint of a Vision Transformer"),
+])
+def test_bad_input_to_vjepa_gets_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
+    one_sentence(vjepa, [*arguments, "--steps", 1], message, tmp_path, monkeypatch, capsys)
 
 
 def test_a_checkpoint_of_images_does_not_make_a_model_of_clips(checkpoint, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,777 @@
+"""V-JEPA: "Revisiting Feature Prediction for Learning Visual Representations from Video", Bardes et al. 2024,
+arXiv 2404.08471.
+
+Hide large parts of a video and predict, from the rest, not the hidden pixels but the features that a slowly following
+copy of the encoder has for them. What no one can predict, such as texture and noise, need not be in the features.
+
+    clips (B, C, T, H, W)
+      | cut into tubelets (2 frames of a 16 x 16 patch), project, add 3-D sine-cosine positions      (B, L, D)
+      |
+      |-- the x-encoder, a ViT, sees the N context tokens alone                                      (B, N, D)
+      |     | project to the width P of the predictor, add positions                                 (B, N, P)
+      |     | append a mask token with its position for each of the M target places                  (B, N + M, P)
+      |   the predictor, a narrow ViT; take the last M, project                                      (B, M, D)
+      |                                                                                                L1 |
+      |-- the y-encoder, an average of the x-encoder over the steps, sees all tokens                 (B, L, D)
+            | LayerNorm, take the targets, no gradient                                               (B, M, D)
+
+    Each clip has two masks, many small blocks (short-range) and few large ones (long-range); the loss is their mean.
+
+    python vjepa.py                                         pre-train on clips of a camera that moves over photographs
+    torchrun --nproc_per_node=8 vjepa.py --data DIR --accumulate 16         the paper's recipe on your videos
+    python vjepa.py probe --data DIR --init runs/vjepa/best.pt              attentive probe of the frozen encoder
+    python vjepa.py finetune --data DIR --init runs/vjepa/best.pt
+    python vjepa.py show --init runs/vjepa/last.pt --image clip.mp4
+"""
+import copy
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+import data
+from common import (MLP, Block, Log, UserError, ViT, accuracy, average, barrier, cosine, is_rank_0, join_processes,
+                    load_strictly, make_folder, mix_seed, no_sync, open_run, parameter_groups, parse_command_line,
+                    precision_of, read_weights, ridge_probe, run_main, save_run, settings_of, sincos_3d)
+
+# Each entry is (paper's value, demo's value) and also a flag, explained below.
+MODEL = {
+    "size": ("large", "nano"),
+    "image_size": (224, 48),
+    "patch_size": (16, 12),
+    "frames": (16, 8),
+    "tubelet": (2, 2),
+    "stride": (4, 8),
+    "still": (False, False),
+    "log_every": (50, 20),
+    "save_every": (1000, 300),
+}
+MASKING = {
+    "masking": ("multiblock", "tube"),
+    "mask_ratio": (0.9, 0.5),
+    "context_frames": (None, 4),
+    "mask_group": (24, 16),
+}
+RECIPES = {
+    "pretrain": {
+        **MODEL,
+        **MASKING,
+        "target": ("latent", "latent"),
+        "predictor_dim": (384, 64),
+        "predictor_depth": (12, 3),
+        "steps": (90_000, 900),
+        "batch_size": (3072, 16),
+        "base_lr": (6.25e-4 * 256 / 3072, 6.4e-2),
+        "start_lr": (0.32, 0.0),
+        "min_lr": (1e-6, 1e-6),
+        "warmup": (40 / 300, 0.2),
+        "weight_decay": (0.04, 0.04),
+        "final_weight_decay": (0.4, 0.4),
+        "momentum": (0.998, 0.99),
+        "stretch": (1.25, 2.5),
+        "clip_grad": (10.0, 10.0),
+        "flip": (True, True),
+        "probe_every": (1000, 300),
+        "probe_clips": (1024, 200),
+    },
+    "probe": {
+        **MODEL,
+        "label": ("motion", "motion"),
+        "segments": (8, 1),
+        "views": (3, 1),
+        "epochs": (20, 5),
+        "batch_size": (256, 64),
+        "base_lr": (1e-3, 4e-3),
+        "min_lr": (0.0, 0.0),
+        "warmup": (0.0, 0.0),
+        "weight_decay": (0.01, 0.01),
+        "final_weight_decay": (1e-6, 1e-6),
+        "clip_grad": (1.0, 1.0),
+        "randaugment": (7.0, 0.0),
+        "erasing": (0.25, 0.0),
+        "flip": (False, False),
+        "eval_only": (False, False),
+    },
+}
+RECIPES["finetune"] = {  # ours: the published code has none
+    **RECIPES["probe"],
+    "segments": (1, 1),
+    "epochs": (30, 3),
+    "warmup": (0.1, 0.1),
+    "weight_decay": (0.05, 0.05),
+    "final_weight_decay": (0.05, 0.05),
+    "layer_decay": (0.75, 0.75),
+    "drop_path": (0.1, 0.0),
+}
+RECIPES["show"] = {**MODEL, **MASKING, "image": (None, None)}
+FLAGS = {  # beside those of common.py
+    "frames": (int, "of a clip"),
+    "tubelet": (int, "frames that one token spans"),
+    "stride": (int, "frames of a video from one frame of the clip to the next"),
+    "still": (bool, "the data are images, each of which is repeated in time"),
+    "masking": (["multiblock", "block", "tube"], "what is hidden over all time: many small blocks and few large ones "
+                "(two masks), one block, or random places"),
+    "mask_ratio": (float, "share of the frame that block and tube hide"),
+    "context_frames": (int, "the context ends after so many frames, all that follows is a target (default: never)"),
+    "target": (["latent", "pixels"], "what is predicted: features of the y-encoder, or normalised pixels"),
+    "mask_group": (int, "clips whose lists of tokens are cut to the same lengths"),
+    "predictor_dim": (int, "width of the predictor"),
+    "predictor_depth": (int, "blocks of the predictor"),
+    "start_lr": (float, "share of the learning rate at which the warm-up starts"),
+    "min_lr": (float, "learning rate at the end of the schedule"),
+    "final_weight_decay": (float, "of AdamW at the end of the schedule; --weight-decay is that at its start"),
+    "momentum": (float, "of the y-encoder at the start; it rises to 1 at the end of the schedule"),
+    "stretch": (float, "length of the schedules over that of the training, which cuts them off"),
+    "flip": (bool, "mirror half of the training samples (never with --label motion)"),
+    "probe_every": (int, "steps between two looks at the features"),
+    "probe_clips": (int, "clips of such a look"),
+    "label": (["photograph", "motion"], "what to classify in the built-in clips"),
+    "segments": (int, "clips of each video, whose tokens the probe attends to together"),
+    "views": (int, "squares that each clip is cut into for a test, their probabilities averaged"),
+    "layer_decay": (float, "factor on the learning rate from one block to the block below"),
+    "drop_path": (float, "chance to skip a branch of the last block; rises linearly from the first"),
+    "randaugment": (float, "magnitude of RandAugment, 0 to 10"),
+    "erasing": (float, "probability of random erasing"),
+    "eval_only": (bool, "only test the classifier in --init"),
+    "image": (str, "video, folder of frames or photograph for show (default: a clip of --data)"),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- masking
+# A mask of a batch is a pair of token indices, context_ids (B, N) and target_ids (B, M). Tokens are in the raster order
+# of the grid (times, rows, columns). All clips need the same N and M: the lists are cut to the shortest of the batch.
+
+
+def block_size(grid, scale, generator):
+    """(height, width) of the blocks of a step, in tokens: a share `scale` of the frame, aspect 0.75 to 1.5."""
+    rows, columns = grid[-2:]
+    aspect = 0.75 + 0.75 * torch.rand((), generator=generator).item()
+    area = int(scale * rows * columns)
+    height, width = min(rows, round(math.sqrt(area * aspect))), min(columns, round(math.sqrt(area / aspect)))
+    return height, width - (height == rows and width == columns)  # a block never fills the frame
+
+
+def multiblock_mask(batch, grid, blocks, size, generator, device, context_times=None):
+    """The targets are the union of `blocks` blocks at random places, over all time; the context is the rest.
+
+    size: (height, width) of a block, tokens. context_times: the context ends after that many time steps, and all that
+    follows is a target (causal multi-block). Clips whose context would be empty are drawn again.
+    """
+    rows, columns = grid[-2:]
+    row, column = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
+    context = torch.zeros(batch, rows, columns, dtype=torch.bool, device=device)
+    while (empty := ~context.flatten(1).any(dim=1)).any():
+        place = torch.rand(2, batch, blocks, 1, 1, generator=generator, device=device)
+        top, left = (place[0] * (rows - size[0] + 1)).floor(), (place[1] * (columns - size[1] + 1)).floor()
+        hidden = (row >= top) & (row < top + size[0]) & (column >= left) & (column < left + size[1])
+        context[empty] = ~hidden.any(dim=1)[empty]
+    return over_time(context.flatten(1), grid[0], context_times)
+
+
+def tube_mask(batch, grid, ratio, generator, device, context_times=None):
+    """Random places are the targets, the same at all times."""
+    noise = torch.rand(batch, grid[1] * grid[2], generator=generator, device=device)
+    kept = max(1, int(noise.shape[1] * (1 - ratio)))
+    context = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, noise.topk(kept, dim=1).indices, True)
+    return over_time(context, grid[0], context_times)
+
+
+def over_time(context, times, context_times=None):
+    """Context places (batch, rows*columns) bool -> (context_ids, target_ids), each cut to the shortest of the batch."""
+    early = torch.arange(times, device=context.device) < (context_times or times)
+    context = (context[:, None] & early[:, None]).flatten(1)  # (batch, L)
+    pair = []
+    for mask in (context, ~context):
+        count = int(mask.sum(dim=1).min())
+        first = mask & (mask.cumsum(dim=1) <= count)  # what is cut is late in time
+        pair.append(first.nonzero()[:, 1].view(len(mask), count))
+    return pair
+
+
+MASKS = {  # (blocks, share of the frame that a block takes) of each mask of a clip; None is --mask-ratio
+    "multiblock": [(8, 0.15), (2, 0.7)],  # short-range, long-range
+    "block": [(1, None)],
+    "tube": [(None, None)],
+}
+
+
+def check_masks(args, grid):
+    """Raise a UserError if the masks would leave nothing to predict."""
+    places = grid[1] * grid[2]
+    all_times = not args.context_frames or args.context_frames // args.tubelet >= grid[0]
+    for _, scale in MASKS[args.masking]:
+        scale = scale or args.mask_ratio
+        hidden = places - max(1, int(places * (1 - scale))) if args.masking == "tube" else int(places * scale)
+        if hidden < 1 and all_times:
+            raise UserError(f"--masking {args.masking} hides none of the {places} patches of a frame: the image is too "
+                            "small for its blocks, or --mask-ratio too low")
+
+
+def draw_masks(args, grid, step, rows, device):
+    """The masks of some rows (a slice) of a step's batch: ([context_ids, ...], [target_ids, ...]), an entry per mask.
+
+    The sizes of blocks depend on (seed, step) alone, so all processes share them. Places are drawn for a whole group of
+    `mask_group` clips, and cut to the shortest of the group: the published code does so for the 24 clips of a GPU. As
+    long as a group holds whole passes, the number of processes and passes does not change the masks.
+    """
+    share = rows.stop - rows.start
+    size = max(share, args.mask_group // share * share)  # a group holds whole shares
+    group = rows.start // size
+    context_times = max(1, args.context_frames // args.tubelet) if args.context_frames else None
+    context_ids, target_ids = [], []
+    for kind, (blocks, scale) in enumerate(MASKS[args.masking]):
+        of_step = torch.Generator().manual_seed(mix_seed(args.seed, step, kind))
+        generator = torch.Generator(device).manual_seed(mix_seed(args.seed, step, kind, group))
+        scale = scale or args.mask_ratio
+        if args.masking == "tube":
+            pair = tube_mask(size, grid, scale, generator, device, context_times)
+        else:
+            block = block_size(grid, scale, of_step)
+            pair = multiblock_mask(size, grid, blocks, block, generator, device, context_times)
+        for ids, chosen in zip((context_ids, target_ids), pair):
+            ids.append(chosen[rows.start - group * size:rows.stop - group * size])
+    return context_ids, target_ids
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+def take(x, ids):
+    """The tokens (B, N, D) of x (B, L, D) at ids (B, N)."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def initialise(module):
+    """Linear layers: truncated normal of deviation 0.02, zero biases."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+
+class Predictor(nn.Module):
+    """A narrow ViT that predicts the features at the targets from those of the context.
+
+    grid: of the tokens; dim: width of the encoder, heads: as many as the encoder's; out_dim: numbers to predict.
+    """
+
+    def __init__(self, grid, dim, heads, width, depth, masks, out_dim):
+        super().__init__()
+        self.predictor_embed = nn.Linear(dim, width)
+        self.mask_tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, 1, width)) for _ in range(masks))
+        self.predictor_pos_embed = nn.Parameter(sincos_3d(width, grid)[None], requires_grad=False)
+        self.predictor_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
+        self.predictor_proj = nn.Linear(width, out_dim)
+        initialise(self)
+
+    def forward(self, context, context_ids, target_ids, kind):
+        """context (B, N, D), context_ids (B, N), target_ids (B, M), kind of the mask -> (B, M, out_dim)."""
+        positions = self.predictor_pos_embed.expand(len(context), -1, -1)  # (B, L, P)
+        x = self.predictor_embed(context) + take(positions, context_ids)  # (B, N, P)
+        targets = self.mask_tokens[kind] + take(positions, target_ids)  # (B, M, P)
+        x = torch.cat([x, targets], dim=1)  # (B, N + M, P)
+        for block in self.predictor_blocks:
+            x = block(x)
+        return self.predictor_proj(self.predictor_norm(x[:, context.shape[1]:]))
+
+
+class VJEPA(nn.Module):
+    """The x-encoder, the predictor and the y-encoder.
+
+    predictor_dim, predictor_depth: width and blocks of the predictor; masks: kinds of masks; target: "latent" or
+    "pixels". The rest as in `ViT`.
+    """
+
+    def __init__(self, size="large", image_size=224, patch_size=16, channels=3, frames=16, tubelet=2,
+                 predictor_dim=384, predictor_depth=12, masks=2, target="latent"):
+        super().__init__()
+        self.encoder = ViT(size, image_size, patch_size, channels, frames, tubelet, class_token=False)
+        self.target, self.tubelet = target, tubelet
+        pixels = channels * tubelet * patch_size ** 2
+        dim, heads = self.encoder.dim, self.encoder.blocks[0].attn.heads
+        self.predictor = Predictor(self.encoder.grid, dim, heads, predictor_dim, predictor_depth, masks,
+                                   dim if target == "latent" else pixels)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False).eval()
+
+    def encode_context(self, clips, context_ids):
+        """The x-encoder on the context tokens alone, one mask after the other: a list of (B, N, D)."""
+        embedded = self.encoder.embed(clips)  # (B, L, D)
+        contexts = []
+        for ids in context_ids:
+            x = take(embedded, ids)  # (B, N, D)
+            for block in self.encoder.blocks:
+                x = block(x)
+            contexts.append(self.encoder.norm(x))
+        return contexts
+
+    @torch.no_grad()
+    def targets(self, clips):
+        """What is to be predicted at each token, each normalised by its own mean and deviation: (B, L, K), float32."""
+        if self.target == "latent":
+            return F.layer_norm(self.target_encoder.tokens(clips).float(), (self.encoder.dim,))
+        tubelets = clips.float()
+        for axis, side in ((2, self.tubelet), (4, self.encoder.patch_size), (6, self.encoder.patch_size)):
+            tubelets = tubelets.unflatten(axis, (-1, side))  # (B, C, times, tubelet, rows, P, columns, P) in the end
+        tubelets = tubelets.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)  # (B, L, tubelet*P*P*C)
+        return (tubelets - tubelets.mean(-1, keepdim=True)) / (tubelets.var(-1, keepdim=True) + 1e-6).sqrt()
+
+    def forward(self, clips, context_ids, target_ids):
+        """clips (B, C, T, H, W), lists of context_ids (B, N) and target_ids (B, M), one entry per mask kind -> loss.
+
+        L1 in latent space, mean squared error for pixels; the mean over the kinds of masks.
+        """
+        targets = self.targets(clips)
+        losses = []
+        for kind, context in enumerate(self.encode_context(clips, context_ids)):
+            pred = self.predictor(context, context_ids[kind], target_ids[kind], kind)  # (B, M, K)
+            error = pred.float() - take(targets, target_ids[kind])
+            losses.append(error.abs().mean() if self.target == "latent" else error.square().mean())
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def update_target_encoder(self, momentum):
+        """Move the y-encoder towards the x-encoder: y = momentum * y + (1 - momentum) * x, all parameters at once."""
+        torch._foreach_lerp_(list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - momentum)
+
+
+# ----------------------------------------------------------------------------------------- what the features are worth
+
+
+@torch.no_grad()
+def features(encoders, samples, args, device, limit):
+    """Features of up to `limit` clips, evenly taken: ([(N, times*D) of each encoder], labels (N,)), on the CPU.
+
+    Tokens are normalised, averaged over space and joined over time. An unreadable file (label -1) is left out.
+    """
+    x, y = [[] for _ in encoders], []
+    for clips, labels in data.test_loader(samples, args, device, limit=limit):
+        clips = clips.flatten(0, 1) if clips.ndim == 6 else clips  # one clip of each video
+        for encoder, of_encoder in zip(encoders, x):
+            with precision_of(args, device)[0]:
+                tokens = encoder.eval().tokens(clips.to(device, non_blocking=True))  # (B, L, D)
+            tokens = F.layer_norm(tokens.float(), (encoder.dim,))  # as they are predicted
+            of_encoder.append(tokens.unflatten(1, (encoder.grid[0], -1)).mean(dim=2).flatten(1).cpu())
+        y.append(labels)
+    y = torch.cat(y)
+    return [torch.cat(of_encoder)[y >= 0] for of_encoder in x], y[y >= 0]
+
+
+def by_label(source, labels):
+    """{name: labels}: the built-in clips have two labels, photograph and motion, everything else has one."""
+    if isinstance(source, data.Clips):
+        return {"photograph": labels // len(source.motions), "motion": labels % len(source.motions)}
+    return {"class": labels}
+
+
+def nearest_neighbours(x, labels, neighbours=10):
+    """Accuracy in percent when each sample takes the commonest label of its nearest others. x (N, D), labels (N,)."""
+    x = F.normalize(x - x.mean(dim=0), dim=1)
+    similarity = (x @ x.T).fill_diagonal_(-math.inf)
+    votes = F.one_hot(labels[similarity.topk(min(neighbours, len(x) - 1)).indices]).sum(dim=1)
+    return 100 * (votes.argmax(dim=1) == labels).double().mean().item()
+
+
+def probe(encoders, train, val, args, device):
+    """{what: [accuracy in percent of each encoder]} of ridge regression on `features`.
+
+    With 15 times `probe_clips` of each source.
+    """
+    (x, y), (x_val, y_val) = (features(encoders, samples, args, device, 15 * args.probe_clips)
+                              for samples in (train, val))
+    labels, labels_val = by_label(train.source, y), by_label(train.source, y_val)
+    return {name: [ridge_probe(one, labels[name], one_val, labels_val[name]) for one, one_val in zip(x, x_val)]
+            for name in labels}
+
+
+def spread_and_rank(x):
+    """How far a batch of features (N, D) is from a collapse: (spread, effective rank).
+
+    The spread is the deviation of each number across the samples, on average; 0 if all samples have the same features.
+    The effective rank is the exponential of the entropy of the singular values' shares (RankMe, arXiv 2210.02885), here
+    of the centred features: about the number of directions that are in use.
+    """
+    x = x - x.mean(dim=0)
+    share = torch.linalg.svdvals(x)
+    share = share / share.sum().clamp(min=1e-12)
+    return x.std(dim=0).mean().item(), torch.exp(-torch.xlogy(share, share).sum()).item()
+
+
+def score(found):
+    """What tells the best checkpoint: the nearest neighbours' accuracy, averaged over the labels; -1 if not known."""
+    accuracies = [value for name, value in found.items() if name.startswith("knn_")]
+    return sum(accuracies) / len(accuracies) if accuracies else -1
+
+
+def watch(model, samples, classes, args, device):
+    """What the y-encoder's features of held-out clips are worth at this step, for the log; a warning of a collapse."""
+    (x,), labels = features([model.target_encoder], samples, args, device, args.probe_clips)
+    spread, rank = spread_and_rank(x)
+    found = {"spread": spread, "rank": rank}
+    if classes:
+        for name, of_name in by_label(samples.source, labels).items():
+            found[f"knn_{name}"] = nearest_neighbours(x, of_name)
+    if spread < 0.1 or rank < 2:  # a healthy run has a spread of 0.4 and more
+        tqdm.write(f"warning: the features collapse (spread {spread:.3f}, effective rank {rank:.1f}): all clips look "
+                   "alike to the encoder. Lower --base-lr, raise --momentum or --batch-size.", sys.stderr)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- pre-training
+
+
+def new_model(args):
+    """The model before training, the same for the same seed; with --init the one to go on from."""
+    torch.manual_seed(args.seed)
+    model = VJEPA(args.size, args.image_size, args.patch_size, args.channels, args.frames, args.tubelet,
+                  args.predictor_dim, args.predictor_depth, len(MASKS[args.masking]), args.target)
+    check_masks(args, model.encoder.grid)
+    if args.init:
+        load_strictly(model, read_weights(args.init)[0], args.init)
+    return model
+
+
+def open_clips(args, labelled):
+    """Sources of clips, or with --still of images, as in `data.open_sources`."""
+    frames = 1 if args.still else args.frames
+    return data.open_sources(args.data, args.channels, labelled, frames, args.stride, args.label)
+
+
+def in_time(transform, args):
+    """The transform itself, or for --still one that repeats the image in time."""
+    return data.Repeated(transform, args.frames) if args.still else transform
+
+
+def pretrain(args):
+    device, rank, processes = join_processes(args.device)
+    train_source, val_source, classes = open_clips(args, labelled=False)
+    data.complete(args, train_source, device, processes)
+    augmentation = data.crop_and_flip(args.image_size, args.mean, args.std, (0.3, 1.0), args.flip, (0.75, 1.35),
+                                      data.BILINEAR)
+    samples = data.Samples(train_source, in_time(augmentation, args), args.seed)
+    view = in_time(data.CentreCrop(args.image_size, args.mean, args.std), args)
+    held_out = data.Samples(val_source or train_source, view, replace=False)
+
+    model = new_model(args).to(device)
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
+    autocast, scaler = precision_of(args, device)
+    settings = settings_of(args)
+    first_step = open_run(args, settings, model, optimizer, scaler)
+    # One module for both networks. The y-encoder needs no gradient, so DDP only copies it once, at the start.
+    net = DistributedDataParallel(model) if processes > 1 else model
+    net = torch.compile(net) if args.compile else net
+
+    batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
+    log = Log(args, first_step, "clips")
+    best = max((score(line) for line in log.lines()), default=-1)
+    losses = []  # since the last line of the log; they stay on the device, so that no step waits for the GPU
+    horizon = args.stretch * args.steps  # the schedules are made for a longer run, and cut
+    for step in range(first_step, args.steps):
+        peak = args.base_lr * args.batch_size / 256
+        lr = cosine(step + 1, horizon, args.warmup * args.steps, peak, args.min_lr, args.start_lr * peak)
+        weight_decay = cosine(step + 1, horizon, 0, args.weight_decay, args.final_weight_decay)
+        momentum = args.momentum + (1 - args.momentum) * step / horizon
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay * group["decays"]
+
+        for part in range(args.accumulate):
+            rows = data.rows_of_process(args.batch_size, args.accumulate, part, rank, processes)
+            context_ids, target_ids = draw_masks(args, model.encoder.grid, step, rows, device)
+            clips = next(batches)[0].to(device, non_blocking=True)
+            if args.compile:
+                # The lengths change from step to step: told so, the compiler makes one graph for all of them, instead
+                # of a new one for each.
+                for ids in context_ids + target_ids:
+                    torch._dynamo.maybe_mark_dynamic(ids, 1)
+            with no_sync(net, last=part == args.accumulate - 1):
+                with autocast:
+                    loss = net(clips, context_ids, target_ids)
+                scaler.scale(loss / args.accumulate).backward()
+            losses.append(loss.detach())
+        if args.clip_grad and step >= args.warmup * args.steps:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.encoder.parameters(), args.clip_grad)
+            nn.utils.clip_grad_norm_(model.predictor.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        model.update_target_encoder(momentum)
+
+        log.step_done()
+        probing = log.step % args.probe_every == 0 or log.step == args.steps
+        saving = log.step % args.save_every == 0 or log.step == args.steps
+        if probing or saving or log.step % args.log_every == 0:
+            loss = average(losses)  # stops the run before it saves, if the loss is not finite
+            found = watch(model, held_out, classes, args, device) if probing and is_rank_0() else {}
+            log.write(loss=loss, lr=lr, momentum=momentum, **found)
+            losses = []
+            if score(found) > best:
+                best = score(found)
+                save_run(args, settings, log.step, model, optimizer, scaler, "best.pt")
+        if saving:
+            save_run(args, settings, log.step, model, optimizer, scaler)
+    log.close()
+
+    if is_rank_0():
+        path = Path(args.out, "tokens.png")
+        save_picture(path, model.target_encoder, held_out[len(held_out.source) // 4, 0][0], args)
+        also = f", the best {args.out}/best.pt" if classes else ""
+        print(f"checkpoint {args.out}/last.pt{also}, log {args.out}/log.jsonl, picture {path}")
+        if classes:
+            train = data.Samples(train_source, view, replace=False)
+            encoders = [new_model(args).to(device).target_encoder, model.target_encoder,
+                        ViT.load(Path(args.out, "best.pt")).to(device)]
+            for name, found in probe(encoders, train, held_out, args, device).items():
+                print("probe of the frozen encoder on validation clips, {}: {:.1f} % before training, {:.1f} % after, "
+                      "{:.1f} % in best.pt".format(name, *found))
+    barrier()
+    for source in (train_source, val_source):
+        data.report_unreadable(source, device)
+
+
+# ----------------------------------------------------------------------------------------------- probe and fine-tuning
+
+
+class CrossAttention(nn.Module):
+    """Queries (B, Q, D) gather from tokens (B, N, D) -> (B, Q, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim).requires_grad_(False)  # the published probe has it and never uses it
+
+    def forward(self, queries, x):
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # each (B, heads, Q or N, D/heads)
+                   for y in (self.q(queries), *self.kv(x).chunk(2, dim=-1)))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class CrossAttentionBlock(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.xattn = nn.LayerNorm(dim), CrossAttention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim), MLP(dim, 4 * dim)
+
+    def forward(self, queries, x):
+        queries = queries + self.xattn(queries, self.norm1(x))
+        return queries + self.mlp(self.norm2(queries))
+
+
+class AttentivePooler(nn.Module):
+    """One learned query gathers from all tokens: (B, N, D) -> (B, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.query_tokens = nn.Parameter(torch.zeros(1, 1, dim))
+        self.cross_attention_block = CrossAttentionBlock(dim, heads)
+        initialise(self)
+        nn.init.trunc_normal_(self.query_tokens, std=0.02)
+        with torch.no_grad():
+            self.cross_attention_block.mlp.fc2.weight.div_(math.sqrt(2))
+
+    def forward(self, x):
+        return self.cross_attention_block(self.query_tokens.expand(len(x), -1, -1), x)[:, 0]
+
+
+class AttentiveClassifier(nn.Module):
+    """The attentive probe: (B, N, D) -> logits (B, classes)."""
+
+    def __init__(self, dim, heads, classes):
+        super().__init__()
+        self.pooler, self.linear = AttentivePooler(dim, heads), nn.Linear(dim, classes)
+
+    def forward(self, x):
+        return self.linear(self.pooler(x))
+
+
+class Classifier(nn.Module):
+    """An encoder with an attentive probe on all its tokens."""
+
+    def __init__(self, encoder, classes):
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = AttentiveClassifier(encoder.dim, encoder.blocks[0].attn.heads, classes)
+
+    def forward(self, clips):
+        """Clips (B, C, T, H, W), or (B, segments, C, T, H, W), whose tokens the probe attends to together, or
+        (B, views, segments, C, T, H, W), over whose views probabilities are averaged -> logits (B, classes).
+        """
+        lead = clips.shape[:-4]
+        x = self.encoder.tokens(clips.flatten(0, -5))  # (B * views * segments, L, D)
+        logits = self.classifier(x.reshape(lead[:2].numel() if len(lead) == 3 else lead[0], -1, x.shape[-1]))
+        if len(lead) == 3:
+            return logits.unflatten(0, lead[:2]).float().softmax(dim=-1).mean(dim=1).log()
+        return logits
+
+
+def new_classifier(args, classes):
+    """The encoder in --init (or a new one) with a new probe; the encoder is frozen if the task is to probe it."""
+    torch.manual_seed(args.seed)
+    changes = {"image_size": args.image_size, "frames": args.frames, "tubelet": args.tubelet,
+               "drop_path": args.drop_path or 0.0}
+    if args.init:
+        encoder = ViT.load(args.init, **changes)
+    else:
+        encoder = ViT(args.size, patch_size=args.patch_size, channels=args.channels, class_token=False, **changes)
+    if args.task == "probe":
+        encoder.requires_grad_(False)
+    torch.manual_seed(args.seed)  # the same probe for any encoder
+    return Classifier(encoder, len(classes))
+
+
+def classify(args):
+    """`probe`: train the attentive probe on the frozen encoder. `finetune`: train both."""
+    if args.eval_only and not args.init:
+        raise UserError("--eval-only needs --init, a checkpoint of a probe or a classifier")
+    device, rank, processes = join_processes(args.device)
+    train_source, val_source, classes = open_clips(args, labelled=True)
+    data.complete(args, train_source, device, processes)
+    clips_of_videos = isinstance(train_source, data.Files) and not args.still
+    if clips_of_videos:
+        train_source.views = args.segments if args.segments > 1 else None  # a single one begins at a random time
+        val_source.views = args.segments
+    mirrored = args.flip and not (args.data is None and not args.still and args.label == "motion")
+    augmentation = data.strong_augmentation(args.image_size, args.mean, args.std, args.randaugment, args.erasing,
+                                            mirrored, operations=4)
+    views = args.views if clips_of_videos else 1
+    samples = data.Samples(train_source, in_time(augmentation, args), args.seed)
+    test_view = data.SpatialViews(args.image_size, args.mean, args.std, views)
+    val = data.Samples(val_source, in_time(test_view, args), replace=False)
+
+    def test():
+        return accuracy(model, data.test_loader(val, args, device, rank, processes), device, autocast)
+
+    model = new_classifier(args, classes).to(device)
+    autocast, scaler = precision_of(args, device)
+    if args.eval_only:
+        load_strictly(model, read_weights(args.init)[0], args.init)
+        top1, top5 = test()
+        if is_rank_0():
+            print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(val_source)} validation samples")
+        data.report_unreadable(val_source, device)
+        return
+
+    groups = parameter_groups(model, args.weight_decay, args.layer_decay or 1.0)
+    optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
+    settings = settings_of(args)
+    first_step = open_run(args, settings, model, optimizer, scaler)
+    net = DistributedDataParallel(model) if processes > 1 else model
+    net = torch.compile(net) if args.compile else net
+
+    batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
+    log = Log(args, first_step, "clips")
+    losses = []
+    for step in range(first_step, args.steps):
+        peak = args.base_lr * args.batch_size / 256
+        lr = cosine(step + 1, args.steps, args.warmup * args.steps, peak, args.min_lr)
+        weight_decay = cosine(step + 1, args.steps, 0, args.weight_decay, args.final_weight_decay)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+            group["weight_decay"] = weight_decay * group["decays"]
+
+        model.train()
+        torch.manual_seed(mix_seed(args.seed, step, rank))  # of drop path
+        for part in range(args.accumulate):
+            clips, labels = (x.to(device, non_blocking=True) for x in next(batches))
+            with no_sync(net, last=part == args.accumulate - 1):
+                with autocast:
+                    loss = F.cross_entropy(net(clips), labels)
+                scaler.scale(loss / args.accumulate).backward()
+            losses.append(loss.detach())
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        log.step_done()
+        tested = {}
+        if log.step % max(1, len(train_source) // args.batch_size) == 0 or log.step == args.steps:  # each epoch
+            tested["top1"], tested["top5"] = test()
+        saving = log.step % args.save_every == 0 or log.step == args.steps
+        if tested or saving or log.step % args.log_every == 0:
+            log.write(loss=average(losses), lr=lr, **tested)
+            losses = []
+        if saving:
+            save_run(args, settings, log.step, model, optimizer, scaler)
+    log.close()
+    for source in (train_source, val_source):
+        data.report_unreadable(source, device)
+    if is_rank_0() and first_step < args.steps:
+        print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl\n"
+              f"top-1 {tested['top1']:.2f} %, top-5 {tested['top5']:.2f} % of {len(val_source)} validation samples")
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def colours(tokens):
+    """The first three principal components of tokens (L, D) as colours (L, 3) in [0, 1]: like features, like colour."""
+    tokens = tokens - tokens.mean(dim=0)
+    components = tokens @ torch.linalg.svd(tokens, full_matrices=False).Vh[:3].T  # (L, 3)
+    low, high = components.quantile(0.02, dim=0), components.quantile(0.98, dim=0)
+    return ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+
+
+def save_picture(path, encoder, clip, args):
+    """Write a picture with a row per time step of a clip ([1,] C, T, H, W).
+
+    A row has the first frame of the tubelet, what each mask leaves of it as context (a column per mask), and the
+    encoder's tokens, coloured by `colours`.
+    """
+    clip = clip[0] if clip.ndim == 5 else clip
+    (times, rows, columns), device = encoder.grid, encoder.pos_embed.device
+    with torch.no_grad():
+        tokens = encoder.eval().tokens(clip[None].to(device))[0].float().cpu()[-times * rows * columns:]  # (L, D)
+    frames = clip[:, ::args.tubelet].transpose(0, 1).cpu()  # (times, C, H, W)
+    frames = frames * torch.tensor(args.std).view(-1, 1, 1) + torch.tensor(args.mean).view(-1, 1, 1)
+    frames = (frames[:, :3] if args.channels >= 3 else frames[:, :1].expand(-1, 3, -1, -1)).clamp(0, 1)
+    context_ids, _ = draw_masks(args, encoder.grid, 0, slice(0, 1), "cpu")
+    shown = [frames]
+    for ids in context_ids:
+        seen = torch.zeros(1, times * rows * columns).scatter_(1, ids, 1.0).view(times, 1, rows, columns)
+        shown.append(torch.where(F.interpolate(seen, frames.shape[-2:]) > 0, frames, 0.5))
+    shown.append(F.interpolate(colours(tokens).T.reshape(3, times, rows, columns).transpose(0, 1), frames.shape[-2:]))
+    zoom = max(1, 224 // frames.shape[-1])
+    picture = F.interpolate(torch.stack(shown, dim=1).flatten(0, 1), scale_factor=zoom)
+    save_image(make_grid(picture, nrow=len(shown), padding=4, pad_value=1.0), path)
+
+
+def show(args):
+    """Write the picture of `save_picture` for --image, or for a clip of --data."""
+    if not args.init:
+        raise UserError("show needs --init, a checkpoint of V-JEPA")
+    if args.image:
+        args.still = Path(args.image).suffix.lower() in data.IMAGE_FILES
+        source = data.Files([(args.image, 0)], args.channels, 1 if args.still else args.frames, args.stride)
+    else:
+        train_source, val_source, _ = open_clips(args, labelled=False)
+        source = val_source or train_source
+    data.complete(args, source, torch.device("cpu"))
+    view = in_time(data.CentreCrop(args.image_size, args.mean, args.std), args)
+    clip = data.Samples(source, view)[len(source) // 4, 0][0]
+    encoder, path = ViT.load(args.init, image_size=args.image_size, frames=args.frames), Path(args.out, "tokens.png")
+    make_folder(args.out)
+    save_picture(path, encoder, clip, args)
+    print(f"picture {path}")
+
+
+def main():
+    args = parse_command_line("vjepa", __doc__, RECIPES, FLAGS)
+    if args.frames < 2:
+        raise UserError("V-JEPA needs clips of several frames: for images use --still, which repeats them in time")
+    {"pretrain": pretrain, "probe": classify, "finetune": classify, "show": show}[args.task](args)
+
+
+if __name__ == "__main__":
+    run_main(main)
