@@ -344,7 +344,7 @@ def settings_of(args):
 
 
 def save_run(args, settings, step, model, optimizer, scaler, name="last.pt"):
-    """Write DIR/last.pt; under another name first, so that it is whole at every moment. Rank 0 only."""
+    """Write the checkpoint DIR/`name`; under another name first, so that it is whole at every moment. Rank 0 only."""
     if is_rank_0():
         path = Path(args.out, name)
         with open(path.with_suffix(".partial"), "wb") as file:
@@ -487,8 +487,8 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, no_decay=()):
             layer = depth + 1
         scale = layer_decay ** (depth + 1 - layer)
         decays = parameter.ndim > 1 and name not in no_decay
-        group = groups.setdefault((scale, decays), {"params": [], "lr_scale": scale, "weight_decay": weight_decay * decays,
-                                                    "decays": decays})
+        new = {"params": [], "lr_scale": scale, "weight_decay": weight_decay * decays, "decays": decays}
+        group = groups.setdefault((scale, decays), new)
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -673,7 +673,8 @@ def parse_command_line(method, description, recipes, flags):
                 "stride", "predictor_dim", "predictor_depth")
         if args.task == "show" or "predictor_dim" in settings:  # the masks that the model was trained with
             kept += ("masking", "mask_ratio", "mask_group")
-            values |= {"context_frames": settings.get("context_frames")} if "predictor_dim" in settings else {}
+            if "context_frames" in recipes[args.task]:  # settings leave out what is None, here: all frames
+                values["context_frames"] = settings.get("context_frames")
         values |= {name: settings[name] for name in kept
                    if name in settings and (name in FLAGS or name in recipes[args.task])}
     column = (args.recipe or ("paper" if args.data else "demo")) == "demo"

@@ -183,7 +183,10 @@ def tube_mask(batch, grid, ratio, generator, device, context_times=None):
 
 
 def over_time(context, times, context_times=None):
-    """Context places (batch, rows*columns) bool -> (context_ids, target_ids), each cut to the shortest of the batch."""
+    """Context places (batch, rows*columns) bool -> (context_ids, target_ids), each cut to the shortest of the batch.
+
+    The lengths are shapes of what follows, so a GPU is waited for here.
+    """
     early = torch.arange(times, device=context.device) < (context_times or times)
     context = (context[:, None] & early[:, None]).flatten(1)  # (batch, L)
     pair = []
@@ -226,12 +229,12 @@ def draw_masks(args, grid, step, rows, device):
     context_times = max(1, args.context_frames // args.tubelet) if args.context_frames else None
     context_ids, target_ids = [], []
     for kind, (blocks, scale) in enumerate(MASKS[args.masking]):
-        of_step = torch.Generator().manual_seed(mix_seed(args.seed, step, kind))
         generator = torch.Generator(device).manual_seed(mix_seed(args.seed, step, kind, group))
         scale = scale or args.mask_ratio
         if args.masking == "tube":
             pair = tube_mask(size, grid, scale, generator, device, context_times)
         else:
+            of_step = torch.Generator().manual_seed(mix_seed(args.seed, step, kind))
             block = block_size(grid, scale, of_step)
             pair = multiblock_mask(size, grid, blocks, block, generator, device, context_times)
         for ids, chosen in zip((context_ids, target_ids), pair):
@@ -471,7 +474,7 @@ def pretrain(args):
     batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
     log = Log(args, first_step, "clips")
     best = max((score(line) for line in log.lines()), default=-1)
-    losses = []  # since the last line of the log; they stay on the device, so that no step waits for the GPU
+    losses = []  # since the last line of the log
     horizon = args.stretch * args.steps  # the schedules are made for a longer run, and cut
     for step in range(first_step, args.steps):
         peak = args.base_lr * args.batch_size / 256
@@ -556,6 +559,8 @@ class CrossAttention(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
+    """Pre-norm block of cross-attention: queries (B, Q, D), tokens (B, N, D) -> (B, Q, D)."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1, self.xattn = nn.LayerNorm(dim), CrossAttention(dim, heads)
