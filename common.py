@@ -13,8 +13,10 @@ import datetime
 import json
 import math
 import os
+import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +275,10 @@ def read_checkpoint(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their arguments in one
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # the check sums, which torch.load leaves aside
+                if archive.testzip():
+                    raise ValueError("a wrong check sum")
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception:  # a damaged file makes the reader fail in many ways
@@ -343,16 +349,32 @@ def settings_of(args):
     return settings
 
 
-def save_run(args, settings, step, model, optimizer, scaler, name="last.pt"):
-    """Write the checkpoint DIR/`name`; under another name first, so that it is whole at every moment. Rank 0 only."""
-    if is_rank_0():
-        path = Path(args.out, name)
-        with open(path.with_suffix(".partial"), "wb") as file:
-            torch.save({"settings": settings, "step": step, "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, file)
+def write_whole(path, write):
+    """Fill a file by `write(file)` under another name, then rename it: under its own it is whole at every moment."""
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(path.with_suffix(".partial"), path)
+        if path.name == "last.pt" and path.exists():
+            os.replace(path, path.with_name("previous.pt"))
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"{path} could not be written ({reason}); what stood there before is untouched") from None
+
+
+def save_run(args, settings, step, model, optimizer, scaler, name="last.pt"):
+    """Write the checkpoint DIR/`name`; the last.pt of before is kept as previous.pt. Rank 0 only."""
+    if is_rank_0():
+        weights = model.state_dict()
+        if not torch.stack([weight.isfinite().all() for weight in weights.values()]).all():
+            raise UserError(f"step {step} made weights that are not finite, so they are not saved: lower --base-lr")
+        checkpoint = {"settings": settings, "step": step, "model": weights, "optimizer": optimizer.state_dict(),
+                      "scaler": scaler.state_dict(), "processes": number_of_processes()}
+        write_whole(Path(args.out, name), lambda file: torch.save(checkpoint, file))
 
 
 def make_folder(path):
@@ -365,33 +387,49 @@ def make_folder(path):
 def open_run(args, settings, model, optimizer, scaler):
     """Make the folder --out ready, go on with the run in it if there is one, and return the step to start from.
 
-    A folder with a run of other settings is left alone with a UserError, unless --fresh.
+    A broken last.pt is put aside as last.broken.pt and previous.pt is used. A folder with a run of other settings is
+    left alone with a UserError, unless --fresh.
     """
-    out, first_step = Path(args.out), 0
-    if (out / "last.pt").exists() and not args.fresh:
-        checkpoint = read_checkpoint(out / "last.pt")
+    out, first_step, broken = Path(args.out), 0, False
+    found = [] if args.fresh else [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
+    if found:
+        try:
+            checkpoint = read_checkpoint(found[0])
+        except UserError as error:
+            if len(found) == 1:
+                raise UserError(f"{error}, and there is no other to go on from: --fresh starts over") from None
+            print(f"{error}: going on from {found[1]}", file=sys.stderr)
+            checkpoint, broken = read_checkpoint(found[1]), True
         old = checkpoint.get("settings", {})
         changed = [f"{name} {old.get(name)} there, {settings.get(name)} now" for name in {**old, **settings}
                    if old.get(name) != settings.get(name)]
         if changed:
             raise UserError(f"{out} holds a run with other settings ({'; '.join(changed[:5])}): "
                             "give another --out, or --fresh to start over")
-        load_strictly(model, checkpoint["model"], out / "last.pt")
+        load_strictly(model, checkpoint["model"], found[broken])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:  # it is empty unless the run was in fp16
             scaler.load_state_dict(checkpoint["scaler"])
-        first_step = checkpoint["step"]
+        first_step, before, now = checkpoint["step"], checkpoint["processes"], number_of_processes()
+        if before != now and is_rank_0():
+            print(f"so far {before} processes made this run, now {now}: batch, data order, crops, schedule and "
+                  "optimizer stay the same; sums round differently, and what is drawn by process (drop path, MixUp, "
+                  "CutMix) differs", file=sys.stderr)
     make_folder(out)
     device = next(model.parameters()).device
     steps = sum_over_processes(torch.tensor([first_step, 1], device=device)).tolist()
     if steps[0] != first_step * steps[1]:
         raise UserError(f"not all processes see the same {out}/last.pt: --out must be a folder that all machines share")
     if is_rank_0():
-        if args.fresh and (out / "last.pt").exists():
-            os.replace(out / "last.pt", out / "last.old.pt")
+        for path in (out / "last.pt", out / "previous.pt", out / "best.pt") if args.fresh else ():
+            if path.exists():
+                os.replace(path, path.with_suffix(".old.pt"))
+        if broken:
+            os.replace(found[0], out / "last.broken.pt")
         log = out / "log.jsonl"  # the steps after the checkpoint are written anew
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
-        log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= first_step))
+        lines = [line + "\n" for line in lines if json.loads(line)["step"] <= first_step]
+        write_whole(log, lambda file: file.write("".join(lines).encode()))
         print(f"step {first_step} of {args.steps} in {out}; " + ", ".join(f"{n}={v}" for n, v in settings.items()))
     return first_step
 
@@ -405,7 +443,7 @@ PATIENCE = datetime.timedelta(hours=2)  # the others wait for rank 0 while it dr
 def join_processes(device=None):
     """Join the process group that torchrun's environment describes, or stay alone. Returns (device, rank, processes).
 
-    device: "cuda", "cpu", "mps" or None for the best one there is. NCCL joins GPUs, gloo joins CPUs.
+    device: "cuda", "cpu", "mps" or None for the best one there is. NCCL joins the GPUs, gloo the CPUs.
     """
     device = device or ("cuda" if torch.cuda.is_available() else
                         "mps" if torch.backends.mps.is_available() else "cpu")
@@ -416,7 +454,7 @@ def join_processes(device=None):
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=torch.device(device), timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device), timeout=PATIENCE)
     else:
         dist.init_process_group("gloo", timeout=PATIENCE)
     return torch.device(device), dist.get_rank(), dist.get_world_size()
@@ -424,6 +462,10 @@ def join_processes(device=None):
 
 def is_rank_0():
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def number_of_processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier():
@@ -538,11 +580,18 @@ def ridge_probe(train_features, train_labels, features, labels, penalty=1e-4):
 
 
 class Log:
-    """A progress bar on the terminal, a line per record in DIR/log.jsonl, TensorBoard if installed. Rank 0 only."""
+    """Of a training loop: a progress bar, a line per record in DIR/log.jsonl, TensorBoard if installed; rank 0 only.
+
+    And the signals that end a run early: until `close`, SIGINT and SIGTERM are only noted, in `stopping`, so that the
+    loop can save first. A second SIGINT ends the process at once.
+    """
 
     def __init__(self, args, first_step, unit):
         self.step = self.step_at_mark = first_step
-        self.unit, self.batch_size, self.time = unit, args.batch_size, time.perf_counter()
+        self.unit, self.args, self.time = unit, args, time.perf_counter()
+        self.losses = []  # of all passes since the last mean_loss(); on the device, so that no step waits for the GPU
+        self.signal = self.stopping = 0
+        self.old_handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(initial=first_step, total=args.steps, unit="step", disable=not is_rank_0(),
                         mininterval=0.1 if sys.stderr.isatty() else 30)
         self.file, self.board = Path(args.out, "log.jsonl"), None
@@ -551,24 +600,53 @@ class Log:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=first_step)
 
+    def note(self, number, frame):
+        self.signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
     def lines(self):
         """The records of the run so far."""
         return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
 
     def step_done(self):
+        """Count a step, and set `stopping` to the signal that any of the processes got: all stop at the same step."""
         self.step += 1
         self.bar.update()
+        stopping = torch.tensor(self.signal)  # on the CPU, so no GPU is waited for
+        if dist.is_initialized():
+            dist.all_reduce(stopping, dist.ReduceOp.MAX)
+        self.stopping = int(stopping)
+
+    def mean_loss(self, lr, scaler):
+        """The mean, over all processes, of the losses since the last call; a UserError if one is not finite.
+
+        In fp16 such steps were skipped and do not count, unless the scale has fallen so low that it cannot help.
+        """
+        losses, self.losses = sum_over_processes(torch.stack(self.losses).float()) / number_of_processes(), []
+        bad = (~losses.isfinite()).nonzero().flatten()
+        if len(bad) and not (scaler.is_enabled() and scaler.get_scale() >= 1):
+            step = self.step - (len(losses) - 1 - int(bad[0])) // self.args.accumulate
+            raise UserError(f"the loss of step {step} is not finite, at a learning rate of about {lr:.2g}: "
+                            "lower --base-lr, or use --precision bf16 or fp32")
+        return losses[losses.isfinite()].mean().item()
 
     def write(self, **values):
         """Record numbers at this step, with the speed since the last record in samples per second."""
         now = time.perf_counter()
-        speed = (self.step - self.step_at_mark) * self.batch_size / (now - self.time)
+        speed = (self.step - self.step_at_mark) * self.args.batch_size / (now - self.time)
         values[f"{self.unit}_per_second"] = round(speed, 1)
         self.step_at_mark, self.time = self.step, now
         if is_rank_0():
             self.bar.set_postfix({name.replace("_per_second", "/s"): f"{value:.4g}" for name, value in values.items()})
-            with open(self.file, "a") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            size = self.file.stat().st_size
+            record = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+            try:
+                with open(self.file, "a") as file:
+                    file.write(json.dumps({"step": self.step, **record}) + "\n")
+            except OSError as error:
+                os.truncate(self.file, size)  # no half line
+                raise UserError(f"{self.file} could not be written ({error.strerror})") from None
             for name, value in values.items() if self.board else ():
                 self.board.add_scalar(name, value, self.step)
 
@@ -576,14 +654,19 @@ class Log:
         self.bar.close()
         if self.board:
             self.board.close()
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
 
-
-def average(losses):
-    """The mean of a list of losses over all processes, as a float; a UserError if it is not finite."""
-    mean = sum_over_processes(torch.stack(losses).mean()) / (dist.get_world_size() if dist.is_initialized() else 1)
-    if not torch.isfinite(mean):
-        raise UserError("the loss is not finite: lower --base-lr, or use --precision bf16 or fp32")
-    return mean.item()
+    def leave(self):
+        """End all processes after a signal, with the exit code that a shell gives it."""
+        self.close()
+        barrier()  # rank 0 has saved
+        if is_rank_0():
+            print(f"stopped at step {self.step} by {signal.Signals(self.stopping).name}; "
+                  f"the same command goes on from {self.args.out}/last.pt", file=sys.stderr)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(128 + self.stopping)
 
 
 def size_in_pixels(text):
@@ -698,8 +781,10 @@ def run_main(main):
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # where rank 0 says the same, torchrun ends the others before they repeat it
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

@@ -8,6 +8,7 @@ number of workers or processes, nor on whether the run was interrupted.
 import math
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def read_list(path, classes=None):
 def read_image(path, channels=3):
     """A PIL image (RGB, or grey for 1 channel), or a float tensor (C, H, W) for any other number of channels."""
     if Path(path).suffix.lower() == ".npy":
-        array = np.load(path, allow_pickle=False)  # (H, W) or (H, W, C)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # (H, W) or (H, W, C); mapped: no larger than the file
     else:
         image = Image.open(path)
         if channels in (1, 3) and not image.mode.startswith(("I", "F")):
@@ -502,10 +503,17 @@ def step_batches(length, args, first_step, rank, processes):
             yield batch
 
 
+def ignore_signals(worker):
+    """For a worker: a signal often goes to all processes of a run, and a worker ends when the one it serves does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def training_loader(samples, args, first_step, rank, processes, device):
     """Batches of this process for the steps from `first_step` to `args.steps`, `args.accumulate` of them a step."""
     batches = step_batches(len(samples.source), args, first_step, rank, processes)
-    return DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda")
+    return DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
+                      worker_init_fn=ignore_signals)
 
 
 def test_loader(samples, args, device, rank=0, processes=1, limit=None):
@@ -513,7 +521,8 @@ def test_loader(samples, args, device, rank=0, processes=1, limit=None):
     chosen = evenly(len(samples.source), limit or len(samples.source))[rank::processes]
     size = max(1, 128 // (getattr(args, "frames", 1) * (getattr(samples.source, "views", None) or 1)))
     batches = [[(index, 0) for index in chosen[i:i + size]] for i in range(0, len(chosen), size)]
-    return DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda")
+    return DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
+                      worker_init_fn=ignore_signals)
 
 
 def report_unreadable(source, device):

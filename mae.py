@@ -30,10 +30,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid, save_image
 
 import data
-from common import (Block, Log, UserError, ViT, accuracy, average, barrier, cosine, grid_of, is_rank_0,
-                    join_processes, load_strictly, make_folder, mix_seed, no_sync, open_run, parameter_groups,
-                    parse_command_line, patchify, precision_of, read_weights, ridge_probe, run_main, save_run,
-                    settings_of, sincos_2d, unpatchify)
+from common import (Block, Log, UserError, ViT, accuracy, barrier, cosine, grid_of, is_rank_0, join_processes,
+                    load_strictly, make_folder, mix_seed, no_sync, number_of_processes, open_run,
+                    parameter_groups, parse_command_line, patchify, precision_of, read_weights, ridge_probe, run_main,
+                    save_run, settings_of, sincos_2d, unpatchify)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below; a dictionary gives values by model size.
 MODEL = {
@@ -285,7 +285,6 @@ def pretrain(args):
     batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
     generator = torch.Generator(device)
     log = Log(args, first_step, "images")
-    losses = []  # since the last line of the log; they stay on the device, so that no step waits for the GPU
     for step in range(first_step, args.steps):
         lr = cosine(step, args.steps, args.warmup * args.steps, args.base_lr * args.batch_size / 256)
         for group in optimizer.param_groups:
@@ -301,7 +300,7 @@ def pretrain(args):
                 with autocast:
                     loss, _, _ = net(images, args.mask_ratio, noise[rows])
                 scaler.scale(loss / args.accumulate).backward()
-            losses.append(loss.detach())
+            log.losses.append(loss.detach())
         if args.clip_grad:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -310,12 +309,13 @@ def pretrain(args):
         optimizer.zero_grad(set_to_none=True)
 
         log.step_done()
-        saving = log.step % args.save_every == 0 or log.step == args.steps
+        saving = log.stopping or log.step % args.save_every == 0 or log.step == args.steps
         if saving or log.step % args.log_every == 0:
-            log.write(loss=average(losses), lr=lr)  # stops the run before it saves, if the loss is not finite
-            losses = []
+            log.write(loss=log.mean_loss(lr, scaler), lr=lr)  # stops the run before it saves, if it is not finite
         if saving:
             save_run(args, settings, log.step, model, optimizer, scaler)
+        if log.stopping:
+            log.leave()
     log.close()
 
     if is_rank_0():
@@ -364,6 +364,8 @@ def new_classifier(args, classes):
     head = model.head
     nn.init.zeros_(head.bias)
     if args.task == "linprobe":
+        if args.batch_size and args.batch_size // args.accumulate < 2 * number_of_processes():
+            raise UserError("BatchNorm needs at least 2 images in a pass of a process: raise --batch-size")
         nn.init.trunc_normal_(head.weight, std=0.01)
         model.requires_grad_(False)
         head.requires_grad_(True)
@@ -415,7 +417,6 @@ def classify(args):
 
     batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
     log = Log(args, first_step, "images")
-    losses = []
     for step in range(first_step, args.steps):
         lr = cosine(step, args.steps, args.warmup * args.steps, args.base_lr * args.batch_size / 256, args.min_lr)
         for group in optimizer.param_groups:
@@ -430,7 +431,7 @@ def classify(args):
                 with autocast:
                     loss = F.cross_entropy(net(images), labels, label_smoothing=args.smoothing)
                 scaler.scale(loss / args.accumulate).backward()
-            losses.append(loss.detach())
+            log.losses.append(loss.detach())
         if args.clip_grad:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -442,12 +443,13 @@ def classify(args):
         tested = {}
         if log.step % max(1, len(train_source) // args.batch_size) == 0 or log.step == args.steps:  # each epoch
             tested["top1"], tested["top5"] = accuracy(model, val_batches, device, autocast)
-        saving = log.step % args.save_every == 0 or log.step == args.steps
+        saving = log.stopping or log.step % args.save_every == 0 or log.step == args.steps
         if tested or saving or log.step % args.log_every == 0:
-            log.write(loss=average(losses), lr=lr, **tested)
-            losses = []
+            log.write(loss=log.mean_loss(lr, scaler), lr=lr, **tested)
         if saving:
             save_run(args, settings, log.step, model, optimizer, scaler)
+        if log.stopping:
+            log.leave()
     log.close()
     for source in (train_source, val_source):
         data.report_unreadable(source, device)

@@ -32,7 +32,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
 import data
-from common import (Log, UserError, ViT, accuracy, average, barrier, cosine, describe, grid_of, is_rank_0,
+from common import (Log, UserError, ViT, accuracy, barrier, cosine, describe, grid_of, is_rank_0,
                     join_processes, load_strictly, make_folder, mix_seed, no_sync, open_run, parameter_groups,
                     parse_command_line, patchify, precision_of, read_weights, resize_positions, ridge_probe, run_main,
                     save_run, settings_of, unpatchify)
@@ -337,7 +337,6 @@ def pretrain(args):
     generator = torch.Generator(device)
     count = masked_tokens(args.masking, model.grid, args.mask_ratio)
     log = Log(args, first_step, "clips" if args.frames > 1 else "images")
-    losses = []  # since the last line of the log; they stay on the device, so that no step waits for the GPU
     for step in range(first_step, args.steps):
         lr = cosine(step, args.steps, args.warmup * args.steps, args.base_lr * args.batch_size / 256, args.min_lr)
         for group in optimizer.param_groups:
@@ -353,7 +352,7 @@ def pretrain(args):
                 with autocast:
                     loss, _ = net(pixels, mask[rows], count)
                 scaler.scale(loss / args.accumulate).backward()
-            losses.append(loss.detach())
+            log.losses.append(loss.detach())
         if args.clip_grad:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -362,12 +361,13 @@ def pretrain(args):
         optimizer.zero_grad(set_to_none=True)
 
         log.step_done()
-        saving = log.step % args.save_every == 0 or log.step == args.steps
+        saving = log.stopping or log.step % args.save_every == 0 or log.step == args.steps
         if saving or log.step % args.log_every == 0:
-            log.write(loss=average(losses), lr=lr)  # stops the run before it saves, if the loss is not finite
-            losses = []
+            log.write(loss=log.mean_loss(lr, scaler), lr=lr)  # stops the run before it saves, if it is not finite
         if saving:
             save_run(args, settings, log.step, model, optimizer, scaler)
+        if log.stopping:
+            log.leave()
     log.close()
 
     if is_rank_0():
@@ -468,7 +468,6 @@ def finetune(args):
 
     batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
     log = Log(args, first_step, "clips" if args.frames > 1 else "images")
-    losses = []
     for step in range(first_step, args.steps):
         lr = cosine(step, args.steps, args.warmup * args.steps, args.base_lr * args.batch_size / 256, args.min_lr)
         for group in optimizer.param_groups:
@@ -483,7 +482,7 @@ def finetune(args):
                 with autocast:
                     loss = F.cross_entropy(net(pixels), labels, label_smoothing=args.smoothing)
                 scaler.scale(loss / args.accumulate).backward()
-            losses.append(loss.detach())
+            log.losses.append(loss.detach())
         if args.clip_grad:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -495,12 +494,13 @@ def finetune(args):
         tested = {}
         if log.step % max(1, len(train_source) // args.batch_size) == 0 or log.step == args.steps:  # each epoch
             tested["top1"], tested["top5"] = test(args.views if log.step == args.steps else 1)
-        saving = log.step % args.save_every == 0 or log.step == args.steps
+        saving = log.stopping or log.step % args.save_every == 0 or log.step == args.steps
         if tested or saving or log.step % args.log_every == 0:
-            log.write(loss=average(losses), lr=lr, **tested)
-            losses = []
+            log.write(loss=log.mean_loss(lr, scaler), lr=lr, **tested)
         if saving:
             save_run(args, settings, log.step, model, optimizer, scaler)
+        if log.stopping:
+            log.leave()
     log.close()
     for source in (train_source, val_source):
         data.report_unreadable(source, device)

@@ -2,9 +2,13 @@
 import json
 import math
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +43,32 @@ VJEPA_FLAGS = ["--recipe", "demo", "--image-size", "32", "--patch-size", "8", "-
                "--masking", "multiblock", "--context-frames", "4"]
 
 
-def run(*arguments, processes=None):
-    """Run a script as a user does; returns the finished process, its output as text."""
-    start = [sys.executable]
+def start(*arguments, processes=None, restarts=0):
+    """Start a script as a user does, as the leader of a group of processes, as a shell does; its output is text."""
+    command = [sys.executable]
     if processes:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*start, *map(str, arguments)], cwd=HERE, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1" if processes else "2"})
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                    f"--max-restarts={restarts}"]
+    return subprocess.Popen([*command, *map(str, arguments)], cwd=HERE, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1" if processes else "2"})
+
+
+def finish(process):
+    """Wait for the end of a process; stdout and stderr become what it has printed."""
+    process.stdout, process.stderr = process.communicate()
+    return process
+
+
+def run(*arguments, processes=None):
+    return finish(start(*arguments, processes=processes))
+
+
+def wait_for_step(out, step, process):
+    """Wait until a running process has logged a step."""
+    while not Path(out, "log.jsonl").exists() or len(losses(out)) < step:
+        assert process.poll() is None, finish(process).stderr
+        time.sleep(0.01)
 
 
 def main(monkeypatch, *arguments, method=mae):
@@ -360,11 +383,18 @@ def test_vit_takes_a_checkpoint_at_other_sizes_and_with_a_new_head(checkpoint):
     assert torch.equal(classifier.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
 
 
+class Hostile:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    torch.save({"model": Hostile(tmp_path / "executed")}, tmp_path / "evil.pt")
     with pytest.raises(common.UserError, match="evil.pt"):
         common.ViT.load(tmp_path / "evil.pt")
     assert not (tmp_path / "executed").exists()
@@ -925,7 +955,7 @@ def test_a_collapse_is_noticed(tmp_path, monkeypatch, capsys):
         model.predictor.requires_grad_(False)
         return model
     monkeypatch.setattr(vjepa, "new_model", without_predictor)
-    flags = ["--momentum", 0, "--stretch", 1000, "--steps", 60, "--probe-every", 10, "--probe-clips", 30]
+    flags = ["--momentum", 0, "--stretch", 1000, "--steps", 40, "--probe-every", 20, "--probe-clips", 20]
     main(monkeypatch, *flags, "--base-lr", 1, *VJEPA_FLAGS, "--out", tmp_path / "run", method=vjepa)
     assert "the features collapse" in capsys.readouterr().err
 
@@ -959,34 +989,229 @@ RUNS = [(mae, TINY_FLAGS, "folder"), (maskfeat, MASKFEAT_FLAGS, "folder"),
         (vjepa, [*VJEPA_FLAGS, "--probe-every", "3"], "videos")]
 
 
-@pytest.mark.parametrize("method, tiny, where", RUNS)
-def test_a_run_goes_on_where_it_stopped_and_ends_the_same(method, tiny, where, request, tmp_path, monkeypatch):
-    flags = ["--data", request.getfixturevalue(where), "--steps", 5, "--save-every", 2, *tiny]
+FINETUNE_FLAGS = ["finetune", "--recipe", "demo", "--image-size", "32", "--batch-size", "8", "--workers", "0",
+                  "--log-every", "1", "--device", "cpu", "--drop-path", "0.2", "--mixup", "0.8", "--cutmix", "1"]
+
+
+@pytest.mark.parametrize("method, tiny, where", [
+    *RUNS, (mae, FINETUNE_FLAGS, "folder"), (mae, [*TINY_FLAGS, "--precision", "fp16"], "folder")])
+def test_a_run_goes_on_where_a_signal_stopped_it_and_ends_the_same(method, tiny, where, request, tmp_path, monkeypatch):
+    flags = ["--data", request.getfixturevalue(where), "--steps", 5, "--save-every", 10, *tiny]
     main(monkeypatch, "--out", tmp_path / "whole", *flags, method=method)
     write = common.Log.write
 
     def interrupt(log, **values):
         write(log, **values)
-        if log.step == 3:
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if log.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
         patch.setattr(common.Log, "write", interrupt)
         main(patch, "--out", tmp_path / "parts", *flags, method=method)
+    assert exit.value.code == 143 and common.read_checkpoint(tmp_path / "parts/last.pt")["step"] == 3
     main(monkeypatch, "--out", tmp_path / "parts", *flags, method=method)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 5
     ends = [common.read_weights(tmp_path / name / "last.pt")[0] for name in ("whole", "parts")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-@pytest.mark.parametrize("method, tiny, where", [RUNS[0], RUNS[3]])
+def test_signals_crashes_and_a_full_disk_lose_nothing(folder, tmp_path, monkeypatch):
+    """A run of 60 steps, in epochs of 3, with two workers, stopped in four ways and each time started again."""
+    flags = ["--data", folder, "--steps", 60, "--save-every", 4, *TINY_FLAGS, "--workers", 2]
+    main(monkeypatch, "--out", tmp_path / "whole", *flags)
+    out = tmp_path / "parts"
+    for number, code, step in ((signal.SIGTERM, 143, 5), (signal.SIGKILL, -9, 20), (signal.SIGINT, 130, 30)):
+        process = start("mae.py", "--out", out, *flags)
+        wait_for_step(out, step, process)
+        os.killpg(process.pid, number)  # the workers get it as well, as from a terminal or a cluster
+        finish(process)
+        assert process.returncode == code, process.stderr
+        saved = common.read_checkpoint(out / "last.pt")["step"]
+        assert saved == len(losses(out)) if code > 0 else saved % 4 == 0
+        assert "Traceback" not in process.stderr and ("goes on from" in process.stderr) == (code > 0)
+
+    before, size = (out / "last.pt").read_bytes(), (out / "last.pt").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))  # no file may grow beyond half a checkpoint
+    with pytest.raises(common.UserError, match="last.pt could not be written"):
+        main(monkeypatch, "--out", out, *flags)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.partial"))
+
+    main(monkeypatch, "--out", out, *flags)
+    assert losses(out) == losses(tmp_path / "whole") and len(losses(out)) == 60
+    ends = [common.read_weights(path / "last.pt")[0] for path in (tmp_path / "whole", out)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_second_interrupt_ends_a_run_at_once(tmp_path):
+    (tmp_path / "log.jsonl").touch()
+    code = ("import common, sys, time; from argparse import Namespace\n"
+            f"log = common.Log(Namespace(steps=9, batch_size=1, out={str(tmp_path)!r}), 0, 'images')\n"
+            "print('ready', flush=True)\n"
+            "while not log.signal: time.sleep(0.01)\n"
+            "print('noted', flush=True)\n"
+            "while True: time.sleep(0.01)")  # a step without an end
+    process = start("-c", code)
+    for line in ("ready\n", "noted\n"):
+        assert process.stdout.readline() == line
+        os.killpg(process.pid, signal.SIGINT)
+    assert finish(process).returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("damage", ["cut", "one bit", "hostile", "missing"])
+def test_a_broken_checkpoint_is_put_aside_and_the_one_before_used(damage, checkpoint, folder, tmp_path, monkeypatch,
+                                                                  capsys):
+    out = tmp_path / "run"
+    flags = ["--data", folder, "--steps", 3, "--save-every", 1, *TINY_FLAGS, "--out", out]
+    main(monkeypatch, *flags)
+    before, whole = losses(out), (out / "last.pt").read_bytes()
+    assert common.read_checkpoint(out / "previous.pt")["step"] == 2
+    if damage == "cut":
+        (out / "last.pt").write_bytes(whole[:len(whole) // 2])
+    elif damage == "one bit":
+        middle = len(whole) // 2
+        (out / "last.pt").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:])
+    elif damage == "hostile":
+        torch.save({"model": Hostile(tmp_path / "executed")}, out / "last.pt")
+    else:
+        (out / "last.pt").unlink()
+    damaged = (out / "last.pt").read_bytes() if damage != "missing" else None
+    capsys.readouterr()
+    main(monkeypatch, *flags)
+    printed = capsys.readouterr()
+    assert "step 2 of 3" in printed.out and losses(out) == before and not (tmp_path / "executed").exists()
+    assert common.read_checkpoint(out / "last.pt")["step"] == 3
+    if damaged:
+        assert "last.pt is broken" in printed.err and "previous.pt" in printed.err
+        assert (out / "last.broken.pt").read_bytes() == damaged
+        for name in ("last.pt", "previous.pt"):
+            (out / name).write_bytes(damaged)
+        with pytest.raises(common.UserError, match="no other to go on from|previous.pt is broken"):
+            main(monkeypatch, *flags)
+
+
+def test_fresh_keeps_the_old_run(folder, tmp_path, monkeypatch):
+    flags = ["--data", folder, "--save-every", 1, *TINY_FLAGS, "--out", tmp_path]
+    main(monkeypatch, *flags, "--steps", 3)
+    old = {name: (tmp_path / f"{name}.pt").read_bytes() for name in ("last", "previous")}
+    main(monkeypatch, *flags, "--steps", 2, "--fresh")
+    assert len(losses(tmp_path)) == 2
+    assert {name: (tmp_path / f"{name}.old.pt").read_bytes() for name in old} == old
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_loss_that_is_not_finite(precision, folder, tmp_path, monkeypatch):
+    """It stops a run before anything is saved; in fp16 the step is skipped."""
+    forward, steps = mae.MAE.forward, []
+
+    def overflow(model, *arguments, **options):
+        loss, pred, mask = forward(model, *arguments, **options)
+        steps.append(loss)
+        return loss * (math.inf if len(steps) == 4 else 1), pred, mask
+    monkeypatch.setattr(mae.MAE, "forward", overflow)
+    flags = ["--data", folder, "--steps", 8, "--save-every", 3, *TINY_FLAGS, "--log-every", 2, "--out", tmp_path]
+    if precision == "fp16":
+        main(monkeypatch, *flags, "--precision", "fp16")
+        checkpoint = common.read_checkpoint(tmp_path / "last.pt")
+        logged = losses(tmp_path)  # at the steps 2, 3, 4, 6, 8
+        assert checkpoint["step"] == 8 and logged.pop(2) is None and np.isfinite(logged).all() and len(logged) == 4
+        assert checkpoint["scaler"]["scale"] == 2.0 ** 15  # halved once
+        assert checkpoint["optimizer"]["state"][0]["step"] == 7
+    else:
+        with pytest.raises(common.UserError, match="the loss of step 4 is not finite, at a learning rate of about 0.0"):
+            main(monkeypatch, *flags)
+        assert common.read_checkpoint(tmp_path / "last.pt")["step"] == 3
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, monkeypatch):
+    main(monkeypatch, "--data", folder, "--out", tmp_path, "--steps", 2, *TINY_FLAGS)
+    model, before = tiny_mae(), (tmp_path / "last.pt").read_bytes()
+    torch.nn.init.constant_(model.norm.bias, math.nan)
+    with pytest.raises(common.UserError, match="step 3 made weights that are not finite"):
+        common.save_run(_args(out=tmp_path), {}, 3, model, None, None)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("method, tiny, where", [RUNS[1], RUNS[3]])
 def test_processes_and_accumulation_do_not_change_the_run(method, tiny, where, request, tmp_path, monkeypatch):
-    flags = ["--data", request.getfixturevalue(where), "--steps", 4, "--clip-grad", 1.0, *tiny]
+    flags = ["--data", request.getfixturevalue(where), "--steps", 20, "--clip-grad", 1.0, *tiny]
     main(monkeypatch, "--out", tmp_path / "one", *flags, method=method)
     main(monkeypatch, "--out", tmp_path / "accumulated", "--accumulate", 4, *flags, method=method)
     done = run(f"{method.__name__}.py", "--out", tmp_path / "two", *flags, processes=2)
     assert done.returncode == 0, done.stderr
     for name in ("accumulated", "two"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+def test_torchrun_starts_a_killed_process_again(folder, tmp_path, monkeypatch, capsys):
+    """Two processes, one of them killed in the middle, give the losses of one process, each step written once."""
+    flags = ["--data", folder, "--steps", 30, "--save-every", 4, *TINY_FLAGS]
+    main(monkeypatch, "--out", tmp_path / "one", *flags)
+    process = start("mae.py", "--out", tmp_path / "two", *flags, processes=2, restarts=2)
+    wait_for_step(tmp_path / "two", 9, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert finish(process).returncode == 0, process.stderr
+    assert len(children) == 2
+    assert process.stdout.count("step 0 of 30") == 1 and process.stdout.count("before training") == 1
+    assert [step for step in (8, 12, 16) if f"step {step} of 30" in process.stdout]  # it went on, and not from 0
+    records = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 31))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+    capsys.readouterr()
+    main(monkeypatch, "--out", tmp_path / "two", *flags)  # finished; now by one process
+    assert "2 processes made this run, now 1" in capsys.readouterr().err
+
+
+def test_the_accuracy_of_two_processes_is_exact(folder, tmp_path, monkeypatch, capsys):
+    """On 11 validation images."""
+    shutil.copytree(folder, tmp_path / "images")
+    (tmp_path / "images/test/coffee/3.png").unlink()
+    main(monkeypatch, "--data", tmp_path / "images", "--out", tmp_path, "--steps", 2, *FINETUNE_FLAGS)
+    flags = ["finetune", "--eval-only", "--data", tmp_path / "images", "--init", tmp_path / "last.pt", "--workers", 0]
+    capsys.readouterr()
+    main(monkeypatch, *flags)
+    one = capsys.readouterr().out
+    two = run("mae.py", *flags, processes=2)
+    assert two.returncode == 0 and two.stdout == one and "of 11 validation images" in one, two.stderr
+
+
+def test_broken_files_among_many(tmp_path, monkeypatch, capfd):
+    """1 % of a folder is damaged or unusual: it trains to the end, each is skipped and named once, or converted."""
+    images, generator = tmp_path / "images", np.random.default_rng(0)
+    images.mkdir()
+    for i in range(700):
+        picture = Image.fromarray(generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((40, 40))
+        picture.save(images / f"{i:03}.jpg")
+    whole = (images / "000.jpg").read_bytes()
+    (images / "truncated.jpg").write_bytes(whole[:len(whole) // 2])
+    (images / "empty.jpg").write_bytes(b"")
+    (images / "text.jpg").write_text("no image")
+    png = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00", b"IDAT"):  # 60,000 x 60,000
+        png += (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    (images / "bomb.png").write_bytes(png)
+    picture.convert("CMYK").save(images / "cmyk.jpg")
+    picture.convert("P").save(images / "palette.png")
+    Image.fromarray(generator.integers(0, 65535, (40, 40), dtype=np.uint16)).save(images / "16 bit.png")
+    flags = ["--data", images, "--epochs", 2, *TINY_FLAGS, "--batch-size", 64, "--out", tmp_path / "run"]
+    main(monkeypatch, *flags, "--workers", 2)
+    error = capfd.readouterr().err
+    assert len(losses(tmp_path / "run")) == 23
+    for name in ("truncated.jpg", "empty.jpg", "text.jpg", "bomb.png"):
+        assert error.count(f"read: {images / name} (") == 1
+    assert "decompression bomb" in error and error.count("skipped, since") == 4 and "4 of 707 files" in error
+    for name in ("cmyk.jpg", "palette.png", "16 bit.png"):
+        assert data.CentreCrop(32, *[[0.5] * 3] * 2)(data.read_image(images / name)).shape == (3, 32, 32)
+
+
+def test_an_array_that_claims_to_be_huge_is_not_read(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((40, 40, 5), np.uint8))
+    claim = (tmp_path / "a.npy").read_bytes().replace(b"(40, 40, 5), }        ", b"(4000000, 400000, 5), }")
+    (tmp_path / "a.npy").write_bytes(claim)
+    with pytest.raises(ValueError):
+        data.read_image(tmp_path / "a.npy", 5)
 
 
 def test_maskfeat_on_images_by_command_line(folder, tmp_path, monkeypatch, capsys):
@@ -1098,7 +1323,7 @@ def test_the_demo_of_vjepa_does_not_collapse(tmp_path):
 
 def test_the_frozen_features_improve(tmp_path):
     """The demo of MAE on a small budget; the whole one gains several times as much."""
-    done = run("mae.py", "--steps", 250, "--out", tmp_path / "run", "--device", "cpu")
+    done = run("mae.py", "--steps", 150, "--out", tmp_path / "run", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     numbers = [float(word) for word in done.stdout.splitlines()[-1].replace(",", "").split() if word[0].isdigit()]
     before, after = numbers[-2:]
@@ -1171,6 +1396,7 @@ def unknown_class(path):
     (["--epochs", "nan"], "is not a number"),
     (["finetune", "--randaugment", "40"], "is not a number from 0 to 10"),
     (["finetune", "--eval-only"], "needs --init"),
+    (["linprobe", "--batch-size", "1", "--steps", "1"], "at least 2 images"),
     (["--sizes=base"], "unrecognized arguments"),
 ])
 def test_bad_input_gets_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):

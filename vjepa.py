@@ -36,7 +36,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data
-from common import (MLP, Block, Log, UserError, ViT, accuracy, average, barrier, cosine, is_rank_0, join_processes,
+from common import (MLP, Block, Log, UserError, ViT, accuracy, barrier, cosine, is_rank_0, join_processes,
                     load_strictly, make_folder, mix_seed, no_sync, open_run, parameter_groups, parse_command_line,
                     precision_of, read_weights, ridge_probe, run_main, save_run, settings_of, sincos_3d)
 
@@ -474,7 +474,6 @@ def pretrain(args):
     batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
     log = Log(args, first_step, "clips")
     best = max((score(line) for line in log.lines()), default=-1)
-    losses = []  # since the last line of the log
     horizon = args.stretch * args.steps  # the schedules are made for a longer run, and cut
     for step in range(first_step, args.steps):
         peak = args.base_lr * args.batch_size / 256
@@ -498,7 +497,7 @@ def pretrain(args):
                 with autocast:
                     loss = net(clips, context_ids, target_ids)
                 scaler.scale(loss / args.accumulate).backward()
-            losses.append(loss.detach())
+            log.losses.append(loss.detach())
         if args.clip_grad and step >= args.warmup * args.steps:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.encoder.parameters(), args.clip_grad)
@@ -510,17 +509,18 @@ def pretrain(args):
 
         log.step_done()
         probing = log.step % args.probe_every == 0 or log.step == args.steps
-        saving = log.step % args.save_every == 0 or log.step == args.steps
+        saving = log.stopping or log.step % args.save_every == 0 or log.step == args.steps
         if probing or saving or log.step % args.log_every == 0:
-            loss = average(losses)  # stops the run before it saves, if the loss is not finite
+            loss = log.mean_loss(lr, scaler)  # stops the run before it saves, if it is not finite
             found = watch(model, held_out, classes, args, device) if probing and is_rank_0() else {}
             log.write(loss=loss, lr=lr, momentum=momentum, **found)
-            losses = []
             if score(found) > best:
                 best = score(found)
                 save_run(args, settings, log.step, model, optimizer, scaler, "best.pt")
         if saving:
             save_run(args, settings, log.step, model, optimizer, scaler)
+        if log.stopping:
+            log.leave()
     log.close()
 
     if is_rank_0():
@@ -674,7 +674,6 @@ def classify(args):
 
     batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
     log = Log(args, first_step, "clips")
-    losses = []
     for step in range(first_step, args.steps):
         peak = args.base_lr * args.batch_size / 256
         lr = cosine(step + 1, args.steps, args.warmup * args.steps, peak, args.min_lr)
@@ -691,7 +690,7 @@ def classify(args):
                 with autocast:
                     loss = F.cross_entropy(net(clips), labels)
                 scaler.scale(loss / args.accumulate).backward()
-            losses.append(loss.detach())
+            log.losses.append(loss.detach())
         if args.clip_grad:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -703,12 +702,13 @@ def classify(args):
         tested = {}
         if log.step % max(1, len(train_source) // args.batch_size) == 0 or log.step == args.steps:  # each epoch
             tested["top1"], tested["top5"] = test()
-        saving = log.step % args.save_every == 0 or log.step == args.steps
+        saving = log.stopping or log.step % args.save_every == 0 or log.step == args.steps
         if tested or saving or log.step % args.log_every == 0:
-            log.write(loss=average(losses), lr=lr, **tested)
-            losses = []
+            log.write(loss=log.mean_loss(lr, scaler), lr=lr, **tested)
         if saving:
             save_run(args, settings, log.step, model, optimizer, scaler)
+        if log.stopping:
+            log.leave()
     log.close()
     for source in (train_source, val_source):
         data.report_unreadable(source, device)
