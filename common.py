@@ -283,17 +283,35 @@ def read_checkpoint(path):
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception:  # a damaged file makes the reader fail in many ways
         raise UserError(f"{path} is broken or is not a checkpoint of tensors and plain values") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", {}), dict):
+    nested = ("model", "model_state", "encoder", "predictor", "target_encoder", "classifier")
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name, {}), dict) for name in nested):
         raise UserError(f"{path} holds no weights by name")
     return checkpoint
 
 
+PUBLISHED_NAMES = {  # parts of names in published files: ours
+    "module.": "", "backbone.": "",  # V-JEPA
+    "pred_head.transforms.0.0.": "pred_head.0.", "pred_head.projections.0.": "pred_head.1.",  # MaskFeat
+}
+
+
 def read_weights(path):
-    """(weights by name, settings of the run or {}) of a checkpoint of ours or a published one."""
+    """(weights by name, settings of the run or {}) of a checkpoint of ours or a published one.
+
+    The weights are under "model" (ours, MAE), "model_state" (MaskFeat), or in a dictionary for each network (V-JEPA).
+    """
     checkpoint = read_checkpoint(path)
-    settings = checkpoint.get("settings", {})
-    weights = checkpoint.get("model", checkpoint)
-    return dict(weights), settings
+    weights = checkpoint.get("model", checkpoint.get("model_state", checkpoint))
+    networks = [name for name in ("encoder", "predictor", "target_encoder", "classifier") if name in checkpoint]
+    if networks:
+        weights = {f"{network}.{name}": w for network in networks for name, w in checkpoint[network].items()}
+    named = {}
+    for name, weight in weights.items():
+        for published, ours in PUBLISHED_NAMES.items():
+            name = name.replace(published, ours)
+        if not name.startswith("hogs."):  # fixed filters of the published MaskFeat
+            named[name] = weight
+    return named, checkpoint.get("settings", {})
 
 
 def encoder_of(weights):
@@ -315,7 +333,11 @@ def describe(weights, settings, path):
         depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
         size = next(size for size, (width, blocks, _) in SIZES.items() if (width, blocks) == (dim, depth))
     except (KeyError, AttributeError, ValueError, StopIteration):
-        raise UserError(f"{path} is not a checkpoint of a Vision Transformer of a size known here") from None
+        needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight")
+        lacks = [name for name in needed if name not in weights]
+        raise UserError(f"{path} is not a checkpoint of a Vision Transformer of a size known here: it "
+                        + (f"lacks {', '.join(lacks)} and " if lacks else "")
+                        + f"has {', '.join(list(weights)[:3]) or 'no weights'}") from None
     return {
         "size": size, "channels": channels, "patch_size": patch_size, "frames": frames, "tubelet": tubelet,
         "class_token": class_token,
@@ -640,7 +662,7 @@ class Log:
         if is_rank_0():
             self.bar.set_postfix({name.replace("_per_second", "/s"): f"{value:.4g}" for name, value in values.items()})
             size = self.file.stat().st_size
-            record = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+            record = {name: value if math.isfinite(value) else None for name, value in values.items()}  # NaN is no JSON
             try:
                 with open(self.file, "a") as file:
                     file.write(json.dumps({"step": self.step, **record}) + "\n")
@@ -752,23 +774,24 @@ def parse_command_line(method, description, recipes, flags):
         values |= {name: model[name] for name in ("size", "patch_size", "channels", "image_size", "frames", "tubelet")}
         if args.eval_only:
             values["pool"] = model["pool"]
-        kept = ("mean", "std", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads", "target", "cell",
-                "stride", "predictor_dim", "predictor_depth")
-        if args.task == "show" or "predictor_dim" in settings:  # the masks that the model was trained with
-            kept += ("masking", "mask_ratio", "mask_group")
-            if "context_frames" in recipes[args.task]:  # settings leave out what is None, here: all frames
-                values["context_frames"] = settings.get("context_frames")
-        values |= {name: settings[name] for name in kept
-                   if name in settings and (name in FLAGS or name in recipes[args.task])}
+        kept = ["mean", "std", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads", "target", "cell",
+                "stride", "predictor_dim", "predictor_depth"]
+        if args.task == "show" or "predictor.predictor_embed.weight" in weights:
+            kept += ["masking", "mask_ratio", "mask_group", "context_frames"]  # the masks that it was trained with
+        # Settings leave out what is None. A published file has none: there the paper's values hold.
+        values |= {name: settings.get(name) for name in kept
+                   if settings and (name in FLAGS or name in recipes[args.task])
+                   and (name in settings or name == "context_frames")}
+        if not settings:
+            values |= {name: recipes[args.task][name][0] for name in kept if name in recipes[args.task]}
     column = (args.recipe or ("paper" if args.data else "demo")) == "demo"
     size = args.size or values.get("size") or recipes[args.task]["size"][column]
     video = (getattr(args, "frames", None) or values.get("frames", 1)) > 1
     for name, recipe in recipes[args.task].items():
-        value = recipe[column]
+        values.setdefault(name, recipe[column])
+    for name, value in values.items():
         while isinstance(value, dict):
             value = value["video" if video else "image"] if "image" in value else value.get(size, value["base"])
-        values.setdefault(name, value)
-    for name, value in values.items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
     return args

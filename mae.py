@@ -89,7 +89,7 @@ RECIPES = {
         "smoothing": (0.0, 0.0),
         "eval_only": (False, False),
     },
-    "show": {  # the decoder's shape is for published files; ours know their own
+    "show": {  # for published files: those with a decoder were trained on plain pixels. Ours know their own values
         "size": ("base", "base"),
         "image": (None, None),
         "decoder_dim": (512, 512),
@@ -97,7 +97,7 @@ RECIPES = {
         "decoder_heads": (16, 16),
         "masking": ("random", "random"),
         "mask_ratio": (0.75, 0.75),
-        "norm_pix_loss": (True, True),
+        "norm_pix_loss": (False, False),
     },
 }
 FLAGS = {  # beside those of common.py
@@ -259,6 +259,9 @@ def new_model(args):
                 args.decoder_depth, args.decoder_heads)
     if args.init:
         weights, _ = read_weights(args.init)
+        if "decoder_embed.weight" not in weights:
+            raise UserError(f"{args.init} holds no decoder: {args.task} needs a whole MAE, such as "
+                            "mae_visualize_vit_base.pth or a last.pt of pre-training")
         for name in ("pos_embed", "decoder_pos_embed"):
             if name in weights and weights[name].shape != getattr(model, name).shape:
                 weights[name] = getattr(model, name)  # another image size: the fixed table of that size

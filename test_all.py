@@ -1,4 +1,5 @@
 """Every test. `pytest -q test_all.py` takes a few minutes on two CPU cores and needs neither a GPU nor a network."""
+import argparse
 import json
 import math
 import os
@@ -149,18 +150,6 @@ def test_parameter_counts_of_the_published_models(size, patch, encoder, whole):
     with torch.device("meta"):
         counts = [sum(p.numel() for p in model(size, patch_size=patch).parameters()) for model in (common.ViT, mae.MAE)]
     assert [round(count / 1e6, 2) for count in counts] == pytest.approx([encoder, whole], abs=0.011)
-
-
-def test_names_are_those_of_the_published_files():
-    names = set(tiny_mae().state_dict())
-    block = {f"{part}.{kind}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-             for kind in ("weight", "bias")}
-    both = {f"{part}.{kind}" for part in ("patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred")
-            for kind in ("weight", "bias")}
-    assert names == {"cls_token", "pos_embed", "mask_token", "decoder_pos_embed"} | both | {
-        f"blocks.{i}.{name}" for i in range(4) for name in block} | {f"decoder_blocks.0.{name}" for name in block}
-    classifier = set(common.ViT("nano", pool="mean", num_classes=5).state_dict())
-    assert {"fc_norm.weight", "head.weight"} < classifier and "norm.weight" not in classifier
 
 
 def test_video_vit_has_a_token_per_tubelet():
@@ -398,6 +387,163 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     with pytest.raises(common.UserError, match="evil.pt"):
         common.ViT.load(tmp_path / "evil.pt")
     assert not (tmp_path / "executed").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- published weights
+
+
+def block_table(name, dim):
+    shapes = {"norm1": (dim,), "attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim), "norm2": (dim,),
+              "mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim)}
+    return {f"{name}.{part}.weight": shape for part, shape in shapes.items()} | {
+        f"{name}.{part}.bias": shape[:1] for part, shape in shapes.items()}
+
+
+def layer_table(name, *shape):
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def vit_table(dim=128, depth=4, kernel=(8, 8), tokens=17, norm="norm"):
+    """{name: shape} of a published encoder, with a class token if the number of tokens is odd."""
+    table = {"pos_embed": (1, tokens, dim), **layer_table("patch_embed.proj", dim, 3, *kernel)} | layer_table(norm, dim)
+    table |= {"cls_token": (1, 1, dim)} if tokens % 2 else {}
+    for i in range(depth):
+        table |= block_table(f"blocks.{i}", dim)
+    return table
+
+
+def decoder_table(dim=128, patch_size=8, tokens=17):
+    """Of the decoder in mae_visualize_vit_*.pth."""
+    table = {"mask_token": (1, 1, 512), "decoder_pos_embed": (1, tokens, 512), **layer_table("decoder_embed", 512, dim),
+             **layer_table("decoder_norm", 512), **layer_table("decoder_pred", 3 * patch_size ** 2, 512)}
+    for i in range(8):
+        table |= block_table(f"decoder_blocks.{i}", 512)
+    return table
+
+
+def predictor_table(dim=128, tokens=128):
+    """Of the predictor in vit*.pth.tar of V-JEPA."""
+    table = {"mask_tokens.0": (1, 1, 384), "mask_tokens.1": (1, 1, 384), "predictor_pos_embed": (1, tokens, 384),
+             **layer_table("predictor_embed", 384, dim), **layer_table("predictor_norm", 384),
+             **layer_table("predictor_proj", dim, 384)}
+    for i in range(12):
+        table |= block_table(f"predictor_blocks.{i}", 384)
+    return table
+
+
+def probe_table(dim=128, classes=2):
+    """Of the attentive probes of V-JEPA."""
+    block = "pooler.cross_attention_block"
+    table = {"pooler.query_tokens": (1, 1, dim), **layer_table("linear", classes, dim)}
+    for part, shape in {"norm1": (dim,), "xattn.q": (dim, dim), "xattn.kv": (2 * dim, dim), "xattn.proj": (dim, dim),
+                        "norm2": (dim,), "mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim)}.items():
+        table |= layer_table(f"{block}.{part}", *shape)
+    return table
+
+
+def filled(table, prefix=""):
+    generator = torch.Generator().manual_seed(0)
+    return {prefix + name: 0.02 * torch.randn(shape, generator=generator) for name, shape in table.items()}
+
+
+def shapes(model):
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("size, dim, depth, patch", [("base", 768, 12, 16), ("large", 1024, 24, 16),
+                                                     ("huge", 1280, 32, 14)])
+def test_the_models_have_the_published_names_and_shapes(size, dim, depth, patch):
+    tokens = 1 + (224 // patch) ** 2
+    with torch.device("meta"):
+        encoder, mean = vit_table(dim, depth, (patch, patch), tokens), vit_table(dim, depth, (patch, patch), tokens,
+                                                                                 "fc_norm")
+        assert shapes(mae.MAE(size, 224, patch)) == encoder | decoder_table(dim, patch, tokens)
+        assert shapes(common.ViT(size, 224, patch, pool="mean", num_classes=1000)) == mean | layer_table(
+            "head", 1000, dim)
+        video = vit_table(dim, depth, (2, 16, 16), 1568)
+        model = vjepa.VJEPA(size)
+        assert shapes(model.encoder) == shapes(model.target_encoder) == video
+        assert shapes(model.predictor) == predictor_table(dim, 1568)
+        assert shapes(vjepa.AttentiveClassifier(dim, 16, 400)) == probe_table(dim, 400)
+
+
+def test_published_mae_files(folder, tmp_path, monkeypatch, capsys):
+    encoder, whole, tuned = (tmp_path / f"mae_{kind}_vit_nano.pth" for kind in ("pretrain", "visualize", "finetuned"))
+    torch.save({"model": filled(vit_table())}, encoder)
+    torch.save({"model": filled(vit_table() | decoder_table())}, whole)
+    torch.save({"model": filled(vit_table(norm="fc_norm") | layer_table("head", 2, 128)),
+                "args": argparse.Namespace(model="vit"), "epoch": 99}, tuned)
+    vit, images = common.ViT.load(encoder), torch.randn(2, 3, 32, 32)
+    assert all(torch.equal(weight, filled(vit_table())[name]) for name, weight in vit.state_dict().items())
+    assert common.ViT.load(encoder, image_size=(48, 64))(torch.randn(2, 3, 48, 64)).shape == (2, 128)
+    assert common.ViT.load(tuned)(images).shape == (2, 2)
+
+    image = next((folder / "test/coffee").glob("*.png"))
+    main(monkeypatch, "show", "--init", whole, "--image", image, "--out", tmp_path / "show")
+    assert (tmp_path / "show/reconstruction.png").exists()
+    main(monkeypatch, "finetune", "--eval-only", "--init", tuned, "--data", folder, "--workers", 0, "--device", "cpu")
+    assert "of 12 validation images" in capsys.readouterr().out
+    for arguments in (["show", "--image", image], ["pretrain", "--steps", 1]):
+        with pytest.raises(common.UserError, match="mae_pretrain_vit_nano.pth holds no decoder"):
+            main(monkeypatch, *arguments, "--init", encoder, "--out", tmp_path / "none")
+
+
+def test_published_vjepa_files(videos, tmp_path, monkeypatch, capsys):
+    table, prefix = vit_table(kernel=(2, 8, 8), tokens=128), "module.backbone."
+    torch.save({"encoder": filled(table, prefix), "predictor": filled(predictor_table(), prefix), "opt": {"state": {}},
+                "target_encoder": {name: weight + 1 for name, weight in filled(table, prefix).items()},
+                "scaler": None, "epoch": 300, "loss": 0.4, "batch_size": 24, "world_size": 16, "lr": 6e-4},
+               tmp_path / "vit.pth.tar")
+    torch.save({"classifier": filled(probe_table(), "module."), "epoch": 20}, tmp_path / "probe.pth.tar")
+    y_encoder = common.ViT.load(tmp_path / "vit.pth.tar").state_dict()
+    assert all(torch.equal(weight, filled(table)[name] + 1) for name, weight in y_encoder.items())
+
+    monkeypatch.setattr(sys, "argv", ["vjepa.py", "--init", str(tmp_path / "vit.pth.tar")])
+    args = common.parse_command_line("vjepa", None, vjepa.RECIPES, vjepa.FLAGS)
+    assert (args.predictor_dim, args.masking, args.context_frames, args.mask_group) == (384, "multiblock", None, 24)
+    model = vjepa.new_model(args)
+    assert all(torch.equal(weight, filled(predictor_table())[name])
+               for name, weight in model.predictor.state_dict().items())
+
+    flags = ["--init", tmp_path / "vit.pth.tar", "--device", "cpu", "--workers", 0]
+    main(monkeypatch, "show", *flags, "--image", videos / "val/darker/clip0", "--out", tmp_path, method=vjepa)
+    assert (tmp_path / "tokens.png").exists()
+    main(monkeypatch, "probe", "--eval-only", *flags, "--classifier", tmp_path / "probe.pth.tar", "--data", videos,
+         "--segments", 2, method=vjepa)
+    assert "validation samples" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="lacks pooler.query_tokens, pooler.cross"):
+        main(monkeypatch, "probe", "--eval-only", *flags, "--data", videos, method=vjepa)
+
+
+def test_published_maskfeat_files(folder, tmp_path, monkeypatch):
+    path = tmp_path / "in1k_VIT_MaskFeat_PT_epoch_01600.pyth"
+    table = vit_table(norm="pred_head.transforms.0.0") | {"mask_token": (1, 1, 128)} | layer_table(
+        "pred_head.projections.0", 27, 128)
+    hogs = {"hogs.0.weight_x": torch.zeros(3, 1, 3, 3), "hogs.0.weight_y": torch.zeros(3, 1, 3, 3)}
+    torch.save({"epoch": 1599, "model_state": filled(table) | hogs, "optimizer_state": {}, "cfg": "TRAIN:\n"}, path)
+    vit = common.ViT.load(path, pool="mean", num_classes=3, image_size=48)
+    assert torch.equal(vit.blocks[3].mlp.fc2.weight, filled(table)["blocks.3.mlp.fc2.weight"])
+    image = next((folder / "test/coffee").glob("*.png"))
+    main(monkeypatch, "show", "--init", path, "--image", image, "--out", tmp_path / "show", method=maskfeat)
+    assert (tmp_path / "show/prediction.png").exists()
+    main(monkeypatch, "--init", path, "--steps", 1, *MASKFEAT_FLAGS, "--out", tmp_path / "on", "--data", folder,
+         method=maskfeat)
+    assert "pred_head.1.weight" in common.read_weights(tmp_path / "on/last.pt")[0]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"blocks.2.norm1.weight": None}, "it lacks blocks.2.norm1.weight$"),
+    ({"blocks.2.gamma": (3,)}, "it has the unexpected blocks.2.gamma$"),
+    ({"blocks.2.norm1.weight": (3,), "a": (1,), "b": (1,), "c": (1,), "d": (1,)},
+     "the unexpected a, b, c and 1 more; it has another shape for blocks.2.norm1.weight$"),
+    ({"patch_embed.proj.weight": None}, "lacks patch_embed.proj.weight and has pos_embed, patch_embed.proj.bias"),
+    ({"blocks.9.norm1.weight": (128,)}, "of a size known here: it has pos_embed"),
+])
+def test_a_file_that_does_not_fit_is_named_in_one_sentence(change, message, tmp_path):
+    table = {name: shape for name, shape in (vit_table() | change).items() if shape}
+    torch.save({"model": filled(table)}, tmp_path / "other.pth")
+    with pytest.raises(common.UserError, match=message):
+        common.ViT.load(tmp_path / "other.pth")
 
 
 # ------------------------------------------------------------------------------------------------------- MaskFeat: HOG
@@ -878,22 +1024,6 @@ def test_predictions_depend_on_the_place_of_the_target_and_on_the_mask_token():
     assert not torch.allclose(pred[0, 0], pred[0, 1], atol=1e-3)
     model.predictor.mask_tokens[1].data.normal_()
     assert not torch.allclose(model.predictor(context, context_ids, target_ids, 1), pred, atol=1e-3)
-
-
-def test_names_of_vjepa_are_the_published_ones():
-    model = tiny_vjepa()
-    block = {f"{part}.{kind}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-             for kind in ("weight", "bias")}
-    assert set(model.encoder.state_dict()) == set(model.target_encoder.state_dict()) == {"pos_embed"} | {
-        f"{part}.{kind}" for part in ("patch_embed.proj", "norm") for kind in ("weight", "bias")} | {
-        f"blocks.{i}.{name}" for i in range(4) for name in block}
-    assert set(model.predictor.state_dict()) == {"predictor_pos_embed", "mask_tokens.0", "mask_tokens.1"} | {
-        f"predictor_{part}.{kind}" for part in ("embed", "norm", "proj") for kind in ("weight", "bias")} | {
-        f"predictor_blocks.{i}.{name}" for i in range(2) for name in block}
-    pooler = {"query_tokens"} | {f"cross_attention_block.{part}.{kind}" for kind in ("weight", "bias") for part in (
-        "norm1", "xattn.q", "xattn.kv", "xattn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
-    assert set(vjepa.AttentiveClassifier(128, 4, 5).state_dict()) == {"linear.weight", "linear.bias"} | {
-        f"pooler.{name}" for name in pooler}
 
 
 def test_segments_are_attended_together_and_views_averaged():

@@ -97,6 +97,7 @@ RECIPES = {
         "erasing": (0.25, 0.0),
         "flip": (False, False),
         "eval_only": (False, False),
+        "classifier": (None, None),
     },
 }
 RECIPES["finetune"] = {  # ours: the published code has none
@@ -139,6 +140,7 @@ FLAGS = {  # beside those of common.py
     "randaugment": (float, "magnitude of RandAugment, 0 to 10"),
     "erasing": (float, "probability of random erasing"),
     "eval_only": (bool, "only test the classifier in --init"),
+    "classifier": (str, "published attentive probe to test with the encoder in --init"),
     "image": (str, "video, folder of frames or photograph for show (default: a clip of --data)"),
 }
 
@@ -637,6 +639,8 @@ def classify(args):
     """`probe`: train the attentive probe on the frozen encoder. `finetune`: train both."""
     if args.eval_only and not args.init:
         raise UserError("--eval-only needs --init, a checkpoint of a probe or a classifier")
+    if args.classifier and not args.eval_only:
+        raise UserError("--classifier is for --eval-only")
     device, rank, processes = join_processes(args.device)
     train_source, val_source, classes = open_clips(args, labelled=True)
     data.complete(args, train_source, device, processes)
@@ -658,7 +662,10 @@ def classify(args):
     model = new_classifier(args, classes).to(device)
     autocast, scaler = precision_of(args, device)
     if args.eval_only:
-        load_strictly(model, read_weights(args.init)[0], args.init)
+        path = args.classifier or args.init
+        weights = {name.removeprefix("classifier."): weight for name, weight in read_weights(path)[0].items()
+                   if name.startswith("classifier.")}
+        load_strictly(model.classifier, weights, path)
         top1, top5 = test()
         if is_rank_0():
             print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(val_source)} validation samples")
