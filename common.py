@@ -13,6 +13,7 @@ import datetime
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import StochasticDepth
 from tqdm import tqdm
 
@@ -241,7 +243,7 @@ class ViT(nn.Module):
             if name not in weights or weights[name].shape != own[name].shape:
                 weights[name] = own[name]
         # A checkpoint of a whole method holds more than its encoder; everything that the encoder has must be there.
-        extra = ("decoder", "mask_token", "pred_head.", "norm.", "fc_norm.", "head.")
+        extra = ("decoder", "mask_token", "encoder_mask_token", "pred_head.", "norm.", "fc_norm.", "head.")
         weights = {name: w for name, w in weights.items() if name in own or not name.startswith(extra)}
         load_strictly(vit, weights, path)
         return vit
@@ -364,7 +366,8 @@ def load_strictly(model, weights, path):
 def settings_of(args):
     """What a run depends on, as plain values: all flags but those on where and how it runs."""
     technical = ("task", "recipe", "out", "fresh", "device", "compile", "workers", "log_every", "save_every", "epochs",
-                 "measure", "eval_only", "image", "views", "accumulate", "precision", "probe_every")
+                 "measure", "eval_only", "image", "views", "accumulate", "precision", "probe_every", "benchmark",
+                 "classifier")
     settings = {name: value for name, value in vars(args).items() if name not in technical and value is not None}
     if args.data and args.data != "cifar10":
         settings["data"] = str(Path(args.data).resolve())
@@ -412,6 +415,8 @@ def open_run(args, settings, model, optimizer, scaler):
     A broken last.pt is put aside as last.broken.pt and previous.pt is used. A folder with a run of other settings is
     left alone with a UserError, unless --fresh.
     """
+    if args.benchmark:
+        return 0
     out, first_step, broken = Path(args.out), 0, False
     found = [] if args.fresh else [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
     if found:
@@ -601,6 +606,49 @@ def ridge_probe(train_features, train_labels, features, labels, penalty=1e-4):
 # --------------------------------------------------------------------------------------------------- log, command line
 
 
+WARM_STEPS = 5  # of a benchmark
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # of dense bf16 products, from NVIDIA's data sheets
+
+
+class Benchmark:
+    """Times the steps of the training loop after `WARM_STEPS` and prints one line of JSON.
+
+    The floating-point operations of the matrix products and of attention, forward and backward, are counted in the
+    first step, without torch.compile. The memory is that of the device, or on a CPU of the whole process.
+    """
+
+    def __init__(self, args, unit):
+        self.args, self.unit = args, unit
+        self.counter = FlopCounterMode(display=False)
+        torch.compiler.set_stance("force_eager")
+        self.counter.__enter__()
+
+    def step_done(self, step):
+        if step == 1:
+            self.counter.__exit__(None, None, None)
+            torch.compiler.set_stance("default")
+        cuda = torch.cuda.is_available() and self.args.device != "cpu"
+        if step in (WARM_STEPS, self.args.steps) and cuda:
+            torch.cuda.synchronize()
+        if step == WARM_STEPS:
+            self.start = time.perf_counter()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+        if step == self.args.steps:
+            seconds = (time.perf_counter() - self.start) / self.args.benchmark
+            flops = self.counter.get_total_flops()  # of this process
+            peak = [value for name, value in PEAK_FLOPS.items() if cuda and name in torch.cuda.get_device_name()]
+            memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(
+                resource.RUSAGE_SELF).ru_maxrss
+            if is_rank_0():
+                print(json.dumps({
+                    f"{self.unit}_per_second": round(self.args.batch_size / seconds, 2),
+                    "ms_per_step": round(1000 * seconds, 2), "gflop_per_step": round(flops / 1e9, 3),
+                    "mfu": round(flops / seconds / peak[0], 3) if peak and self.args.precision != "fp32" else None,
+                    "peak_memory_gib": round(memory / 2 ** 30, 2), "precision": self.args.precision,
+                    "compile": self.args.compile, "processes": number_of_processes()}))
+
+
 class Log:
     """Of a training loop: a progress bar, a line per record in DIR/log.jsonl, TensorBoard if installed; rank 0 only.
 
@@ -617,7 +665,9 @@ class Log:
         self.bar = tqdm(initial=first_step, total=args.steps, unit="step", disable=not is_rank_0(),
                         mininterval=0.1 if sys.stderr.isatty() else 30)
         self.file, self.board = Path(args.out, "log.jsonl"), None
-        if is_rank_0():
+        if args.benchmark:
+            self.benchmark = Benchmark(args, unit)
+        elif is_rank_0():
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=first_step)
@@ -639,6 +689,10 @@ class Log:
         if dist.is_initialized():
             dist.all_reduce(stopping, dist.ReduceOp.MAX)
         self.stopping = int(stopping)
+        if self.args.benchmark:
+            self.benchmark.step_done(self.step)
+            if self.step == self.args.steps:
+                self.leave()
 
     def mean_loss(self, lr, scaler):
         """The mean, over all processes, of the losses since the last call; a UserError if one is not finite.
@@ -680,15 +734,15 @@ class Log:
             signal.signal(number, handler)
 
     def leave(self):
-        """End all processes after a signal, with the exit code that a shell gives it."""
+        """End all processes, after a signal with the exit code that a shell gives it."""
         self.close()
         barrier()  # rank 0 has saved
-        if is_rank_0():
+        if is_rank_0() and self.stopping:
             print(f"stopped at step {self.step} by {signal.Signals(self.stopping).name}; "
                   f"the same command goes on from {self.args.out}/last.pt", file=sys.stderr)
         if dist.is_initialized():
             dist.destroy_process_group()
-        sys.exit(128 + self.stopping)
+        sys.exit(128 + self.stopping if self.stopping else 0)
 
 
 def size_in_pixels(text):
@@ -710,6 +764,7 @@ FLAGS = {  # of all three scripts: type (a list names the choices), help
     "compile": (bool, "use torch.compile (default: yes on CUDA)"),
     "workers": (int, "data loading processes per GPU (default: the CPU cores, 16 at most)"),
     "seed": (int, "of everything random (default: 0)"),
+    "benchmark": (int, "only time so many training steps, on random tensors, and print a line of JSON"),
     "log_every": (int, "steps between two lines of log.jsonl"),
     "save_every": (int, "steps between two checkpoints"),
     "size": (list(SIZES), "of the encoder"),
@@ -760,6 +815,11 @@ def parse_command_line(method, description, recipes, flags):
             if name not in FLAGS and name not in recipes[args.task]:
                 raise UserError(f"{args.task} does not use {written}")
 
+    if args.benchmark:
+        if args.task != "pretrain":
+            raise UserError("--benchmark is for pretrain")
+        args.steps = WARM_STEPS + args.benchmark
+        args.log_every = args.save_every = args.probe_every = sys.maxsize
     values = {"seed": 0, "channels": 3, "accumulate": 1, "fresh": False, "measure": False,
               "out": f"runs/{method}" + (f"-{args.task}" if args.task != "pretrain" else "")}
     if args.steps is None and args.epochs is not None:
@@ -775,7 +835,7 @@ def parse_command_line(method, description, recipes, flags):
         if args.eval_only:
             values["pool"] = model["pool"]
         kept = ["mean", "std", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads", "target", "cell",
-                "stride", "predictor_dim", "predictor_depth"]
+                "stride", "predictor_dim", "predictor_depth", "encode_mask_tokens"]
         if args.task == "show" or "predictor.predictor_embed.weight" in weights:
             kept += ["masking", "mask_ratio", "mask_group", "context_frames"]  # the masks that it was trained with
         # Settings leave out what is None. A published file has none: there the paper's values hold.

@@ -52,6 +52,7 @@ RECIPES = {
         "masking": ("random", "random"),
         "mask_ratio": (0.75, 0.75),
         "norm_pix_loss": (True, True),
+        "encode_mask_tokens": (False, False),
         "steps": (None, 700),
         "epochs": (800, None),
         "batch_size": (4096, 64),
@@ -98,6 +99,7 @@ RECIPES = {
         "masking": ("random", "random"),
         "mask_ratio": (0.75, 0.75),
         "norm_pix_loss": (False, False),
+        "encode_mask_tokens": (False, False),
     },
 }
 FLAGS = {  # beside those of common.py
@@ -107,6 +109,7 @@ FLAGS = {  # beside those of common.py
     "masking": (["random", "block", "grid"], "which patches are hidden"),
     "mask_ratio": (float, "share of the patches that are hidden"),
     "norm_pix_loss": (bool, "normalise the pixels of each target patch by their own mean and deviation"),
+    "encode_mask_tokens": (bool, "let the encoder see mask tokens too, for comparison"),
     "min_lr": (float, "learning rate at the end"),
     "pool": (["class", "mean"], "what the classifier reads: the class token, or the mean of the patch tokens"),
     "layer_decay": (float, "factor on the learning rate from one block to the block below"),
@@ -173,14 +176,18 @@ def kept_patches(grid, ratio):
 
 
 class MAE(ViT):
-    """The encoder, which is the ViT that it inherits, and the decoder. `image_size` is an int or (H, W)."""
+    """The encoder, which is the ViT that it inherits, and the decoder. `image_size` is an int or (H, W).
+
+    encode_mask_tokens: for comparison, the encoder gets a mask token at each hidden place as well (Table 1c).
+    """
 
     def __init__(self, size="base", image_size=224, patch_size=16, channels=3, norm_pix_loss=True, decoder_dim=512,
-                 decoder_depth=8, decoder_heads=16):
+                 decoder_depth=8, decoder_heads=16, encode_mask_tokens=False):
         super().__init__(size, image_size, patch_size, channels)
         self.norm_pix_loss = norm_pix_loss
         self.decoder_embed = nn.Linear(self.dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, self.dim)) if encode_mask_tokens else None
         table = F.pad(sincos_2d(decoder_dim, self.grid), (0, 0, 1, 0))  # zeros for the class token
         self.decoder_pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
@@ -206,11 +213,15 @@ class MAE(ViT):
         shuffle = noise.argsort(dim=1)  # small is kept, large is removed
         restore = shuffle.argsort(dim=1)
         kept = kept_patches(self.grid, mask_ratio)
+        mask = (restore >= kept).float()
+        if self.encoder_mask_token is not None:
+            x = torch.where(mask[..., None] > 0, self.encoder_mask_token + self.pos_embed[:, 1:], x)
+            kept = x.shape[1]
         x = x.gather(1, shuffle[:, :kept, None].expand(-1, -1, self.dim))  # (B, kept, D)
         x = self.add_class_token(x)  # (B, 1 + kept, D)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x), (restore >= kept).float(), restore
+        return self.norm(x), mask, restore
 
     def decode(self, latent, restore):
         """Predict all patches: (B, 1 + kept, D) -> (B, L, P*P*C)."""
@@ -256,7 +267,7 @@ def new_model(args):
         raise UserError(f"--mask-ratio {args.mask_ratio} hides none or all of the {math.prod(grid)} patches")
     torch.manual_seed(args.seed)
     model = MAE(args.size, args.image_size, args.patch_size, args.channels, args.norm_pix_loss, args.decoder_dim,
-                args.decoder_depth, args.decoder_heads)
+                args.decoder_depth, args.decoder_heads, args.encode_mask_tokens)
     if args.init:
         weights, _ = read_weights(args.init)
         if "decoder_embed.weight" not in weights:
@@ -278,7 +289,7 @@ def pretrain(args):
 
     model = new_model(args).to(device)
     groups = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     autocast, scaler = precision_of(args, device)
     settings = settings_of(args)
     first_step = open_run(args, settings, model, optimizer, scaler)
@@ -407,11 +418,11 @@ def classify(args):
 
     if args.task == "finetune":
         groups = parameter_groups(model, args.weight_decay, args.layer_decay, no_decay=("cls_token", "pos_embed"))
-        optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
+        optimizer = torch.optim.AdamW(groups, fused=True)
         mix = data.mix_up_and_cut_mix(len(classes), args.mixup, args.cutmix)
     else:
         groups = parameter_groups(model, args.weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=args.base_lr, momentum=0.9, fused=device.type == "cuda")
+        optimizer = torch.optim.SGD(groups, lr=args.base_lr, momentum=0.9, fused=True)
         mix = data.mix_up_and_cut_mix(len(classes), 0, 0)
     settings = settings_of(args)
     first_step = open_run(args, settings, model, optimizer, scaler)

@@ -326,7 +326,7 @@ def pretrain(args):
 
     model = new_model(args).to(device)
     groups = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, fused=True)
     autocast, scaler = precision_of(args, device)
     settings = settings_of(args)
     first_step = open_run(args, settings, model, optimizer, scaler)
@@ -459,7 +459,7 @@ def finetune(args):
         return
 
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, fused=True)
     mix = data.mix_up_and_cut_mix(len(classes), args.mixup, args.cutmix)
     settings = settings_of(args)
     first_step = open_run(args, settings, model, optimizer, scaler)

@@ -221,6 +221,19 @@ def test_encoder_never_sees_a_hidden_patch():
     assert not torch.allclose(latent, visible)
 
 
+def test_an_encoder_that_sees_mask_tokens():
+    """The option of Table 1c: as many tokens as patches, nothing of the hidden ones, gradient everywhere."""
+    model, images, noise = tiny_mae(encode_mask_tokens=True), torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    loss, _, mask = model(images, 0.75, noise)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    hidden = common.unpatchify(mask[..., None].expand(-1, -1, 3 * 64), 8, (4, 4))
+    latent = model.encode(images, 0.75, noise)[0]
+    assert latent.shape == (2, 17, 128) and mask.sum() == 2 * 12
+    assert torch.equal(latent, model.encode(images + 5 * hidden, 0.75, noise)[0])
+    assert not torch.equal(latent, model.encode(images + 5 * (1 - hidden), 0.75, noise)[0])
+
+
 def test_gradient_reaches_every_parameter():
     model = tiny_mae()
     model(torch.randn(2, 3, 32, 32))[0].backward()
@@ -285,7 +298,7 @@ def test_ridge_probe_and_exact_accuracy():
 
 
 def _args(**values):
-    return type("Args", (), values)()
+    return argparse.Namespace(benchmark=None, **values)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -624,6 +637,18 @@ def test_hog_under_autocast_and_compile_and_its_memory():
         print((peak() - before) / images.nbytes)"""
     done = run("-c", code)
     assert 1 < float(done.stdout) <= 4, done.stdout + done.stderr
+
+    kept = {}  # what a step of ViT-B keeps for the backward pass: address, bytes
+    model, image = maskfeat.MaskFeat("base"), images[:1].detach()
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss, _ = model(F.interpolate(image, 224), torch.arange(196)[None] < 78)
+    for parameter in model.parameters():
+        kept.pop(parameter.data_ptr(), None)
+    assert 4 * 3 * 224 ** 2 * 4 < 0.05 * sum(kept.values())
 
 
 # -------------------------------------------------------------------------------------------- MaskFeat: masks and model
@@ -1176,7 +1201,7 @@ def test_signals_crashes_and_a_full_disk_lose_nothing(folder, tmp_path, monkeypa
 def test_a_second_interrupt_ends_a_run_at_once(tmp_path):
     (tmp_path / "log.jsonl").touch()
     code = ("import common, sys, time; from argparse import Namespace\n"
-            f"log = common.Log(Namespace(steps=9, batch_size=1, out={str(tmp_path)!r}), 0, 'images')\n"
+            f"log = common.Log(Namespace(benchmark=None, steps=9, batch_size=1, out={str(tmp_path)!r}), 0, 'images')\n"
             "print('ready', flush=True)\n"
             "while not log.signal: time.sleep(0.01)\n"
             "print('noted', flush=True)\n"
@@ -1439,6 +1464,76 @@ def test_bf16_and_compile_agree_with_float32(folder, tmp_path, monkeypatch, flag
     main(monkeypatch, "--out", tmp_path / "plain", *common_flags)
     main(monkeypatch, "--out", tmp_path / "other", *common_flags, *flags)
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
+
+
+@pytest.mark.parametrize("method, tiny, where", RUNS)
+def test_benchmark(method, tiny, where, request, tmp_path, monkeypatch, capsys):
+    """A line of JSON, nothing written; the operations of MAE are those of the formula."""
+    flags = ["--benchmark", 2, *tiny, "--data", request.getfixturevalue(where), "--out", tmp_path / "run"]
+    with pytest.raises(SystemExit) as exit:
+        main(monkeypatch, *flags, method=method)
+    found = json.loads(capsys.readouterr().out)
+    assert exit.value.code == 0 and not (tmp_path / "run").exists()
+    unit = "images" if where == "folder" else "clips"
+    assert found[f"{unit}_per_second"] * found["ms_per_step"] == pytest.approx(8000, rel=0.01)
+    assert found["peak_memory_gib"] > 0.1 and found["mfu"] is None and found["processes"] == 1
+    if method is mae:  # 16 patches, 4 of them and the class token in the encoder, 17 tokens in the decoder
+        products = 16 * 192 * 128 + 5 * 4 * 12 * 128 ** 2 + 5 * 128 * 32 + 17 * 12 * 32 ** 2 + 17 * 32 * 192
+        attention = 4 * 2 * 5 ** 2 * 128 + 2 * 17 ** 2 * 32
+        forward = 2 * 8 * (products + attention) / 1e9
+        assert 2.7 * forward < found["gflop_per_step"] < 3 * forward + 0.001
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", ["--no-compile", "--compile"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("method, tiny, where", RUNS)
+def test_steps_on_a_gpu(method, tiny, where, precision, compiled, request, tmp_path, monkeypatch):
+    flags = [*tiny, "--device", "cuda", "--precision", precision, compiled, "--out", tmp_path]
+    main(monkeypatch, "--data", request.getfixturevalue(where), "--steps", 4, *flags, method=method)
+    assert len(losses(tmp_path)) == 4 and np.isfinite(losses(tmp_path)).all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["mae", "maskfeat", "vjepa"])
+def test_bf16_on_a_gpu_agrees_with_float32_on_a_cpu(kind):
+    torch.manual_seed(0)
+    if kind == "mae":
+        model, inputs = tiny_mae(), [torch.randn(8, 3, 32, 32), 0.75, torch.rand(8, 16)]
+    elif kind == "maskfeat":
+        mask = maskfeat.random_mask(8, (4, 4), 0.5, torch.Generator().manual_seed(0), "cpu")
+        model, inputs = tiny_maskfeat(), [torch.randn(8, 3, 32, 32), mask, 8]
+    else:
+        model, inputs = tiny_vjepa(), [torch.randn(8, 3, 4, 32, 32), *tiny_masks(8)]
+    with torch.no_grad():
+        plain = model(*inputs)
+        moved = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, inputs)
+        with torch.autocast("cuda", torch.bfloat16):
+            fast = model.cuda()(*moved)
+    plain, fast = (x[0] if isinstance(x, tuple) else x for x in (plain, fast))
+    assert fast.item() == pytest.approx(plain.item(), rel=0.02)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("method, tiny, where", RUNS)
+def test_no_step_waits_for_the_gpu(method, tiny, where, precision, request, tmp_path, monkeypatch):
+    step_done = common.Log.step_done
+
+    def watched(log):
+        step_done(log)
+        torch.cuda.set_sync_debug_mode("error" if 2 <= log.step < 6 else "default")
+    monkeypatch.setattr(common.Log, "step_done", watched)
+    flags = [*tiny, "--device", "cuda", "--precision", precision, "--no-compile", "--log-every", 100]
+    flags += ["--probe-every", 100] if method is vjepa else []
+    flags += ["--data", request.getfixturevalue(where), "--steps", 7, "--out", tmp_path]
+    try:
+        main(monkeypatch, *flags, method=method)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_demo_of_vjepa_does_not_collapse(tmp_path):

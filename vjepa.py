@@ -187,15 +187,16 @@ def tube_mask(batch, grid, ratio, generator, device, context_times=None):
 def over_time(context, times, context_times=None):
     """Context places (batch, rows*columns) bool -> (context_ids, target_ids), each cut to the shortest of the batch.
 
-    The lengths are shapes of what follows, so a GPU is waited for here.
+    The lengths become shapes: on a GPU this would wait for it.
     """
     early = torch.arange(times, device=context.device) < (context_times or times)
     context = (context[:, None] & early[:, None]).flatten(1)  # (batch, L)
     pair = []
     for mask in (context, ~context):
-        count = int(mask.sum(dim=1).min())
-        first = mask & (mask.cumsum(dim=1) <= count)  # what is cut is late in time
-        pair.append(first.nonzero()[:, 1].view(len(mask), count))
+        lengths = mask.sum(dim=1)
+        starts = (lengths.cumsum(dim=0) - lengths)[:, None]  # of each clip in the list of all tokens that are not 0
+        first = starts + torch.arange(int(lengths.min()), device=mask.device)  # what is cut is late in time
+        pair.append(mask.nonzero()[:, 1][first])
     return pair
 
 
@@ -224,6 +225,8 @@ def draw_masks(args, grid, step, rows, device):
     The sizes of blocks depend on (seed, step) alone, so all processes share them. Places are drawn for a whole group of
     `mask_group` clips, and cut to the shortest of the group: the published code does so for the 24 clips of a GPU. As
     long as a group holds whole passes, the number of processes and passes does not change the masks.
+
+    They are drawn on the CPU, which knows the lengths of the lists without waiting for the GPU.
     """
     share = rows.stop - rows.start
     size = max(share, args.mask_group // share * share)  # a group holds whole shares
@@ -231,16 +234,16 @@ def draw_masks(args, grid, step, rows, device):
     context_times = max(1, args.context_frames // args.tubelet) if args.context_frames else None
     context_ids, target_ids = [], []
     for kind, (blocks, scale) in enumerate(MASKS[args.masking]):
-        generator = torch.Generator(device).manual_seed(mix_seed(args.seed, step, kind, group))
+        generator = torch.Generator().manual_seed(mix_seed(args.seed, step, kind, group))
         scale = scale or args.mask_ratio
         if args.masking == "tube":
-            pair = tube_mask(size, grid, scale, generator, device, context_times)
+            pair = tube_mask(size, grid, scale, generator, "cpu", context_times)
         else:
             of_step = torch.Generator().manual_seed(mix_seed(args.seed, step, kind))
             block = block_size(grid, scale, of_step)
-            pair = multiblock_mask(size, grid, blocks, block, generator, device, context_times)
+            pair = multiblock_mask(size, grid, blocks, block, generator, "cpu", context_times)
         for ids, chosen in zip((context_ids, target_ids), pair):
-            ids.append(chosen[rows.start - group * size:rows.stop - group * size])
+            ids.append(chosen[rows.start - group * size:rows.stop - group * size].to(device, non_blocking=True))
     return context_ids, target_ids
 
 
@@ -465,7 +468,7 @@ def pretrain(args):
 
     model = new_model(args).to(device)
     groups = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, fused=True)
     autocast, scaler = precision_of(args, device)
     settings = settings_of(args)
     first_step = open_run(args, settings, model, optimizer, scaler)
@@ -673,7 +676,7 @@ def classify(args):
         return
 
     groups = parameter_groups(model, args.weight_decay, args.layer_decay or 1.0)
-    optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, fused=True)
     settings = settings_of(args)
     first_step = open_run(args, settings, model, optimizer, scaler)
     net = DistributedDataParallel(model) if processes > 1 else model
