@@ -13,7 +13,7 @@ import datetime
 import json
 import math
 import os
-import resource
+import re
 import signal
 import sys
 import time
@@ -58,8 +58,9 @@ def unpatchify(patches, patch_size, grid):
 
 def sincos_1d(dim, positions):
     """Sine-cosine code of numbers, (N,) -> (N, dim) in float64: sines in the first half, cosines in the second."""
-    frequencies = 1 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
-    angles = positions.double()[:, None] * frequencies  # (N, dim/2)
+    dtype = torch.float32 if positions.device.type == "mps" else torch.float64  # which MPS does not have
+    frequencies = 1 / 10000 ** (torch.arange(dim // 2, dtype=dtype, device=positions.device) / (dim // 2))
+    angles = positions.to(dtype)[:, None] * frequencies  # (N, dim/2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -210,23 +211,23 @@ class ViT(nn.Module):
         """(B, N, D) -> (B, 1 + N, D)."""
         return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
 
-    def tokens(self, pixels):
-        """All tokens after the last block and `norm`, the class token first: (B, [1 +] L, D)."""
-        x = self.embed(pixels)
+    def tokens(self, *inputs):
+        """All tokens after the last block and `norm`, the class token first: (B, [1 +] L, D). inputs: as of `embed`."""
+        x = self.embed(*inputs)
         if self.cls_token is not None:
             x = self.add_class_token(x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-    def forward(self, pixels):
-        x = self.tokens(pixels)
-        class_token = self.pool == "class" and self.cls_token is not None
-        x = x[:, 0] if class_token else x[:, -math.prod(self.grid):].mean(dim=1)
+    def forward(self, *inputs):
+        x = self.tokens(*inputs)
+        class_tokens = int(self.cls_token is not None)
+        x = x[:, 0] if self.pool == "class" and class_tokens else x[:, class_tokens:].mean(dim=1)
         return self.head(self.fc_norm(x))
 
-    @staticmethod
-    def load(path, **changes):
+    @classmethod
+    def load(cls, path, **changes):
         """Build a ViT from a checkpoint of ours or a published one, and load its weights.
 
         The architecture is read off the file; `changes` overrides what a ViT takes, for instance num_classes=10,
@@ -235,7 +236,7 @@ class ViT(nn.Module):
         """
         weights, settings = read_weights(path)
         old, weights = describe(weights, settings, path), encoder_of(weights)
-        vit = ViT(**{**old, **changes})
+        vit = cls(**{**old, **changes})
         own = vit.state_dict()
         old_grid = grid_of(old["image_size"], old["patch_size"], old["frames"], old["tubelet"])
         weights["pos_embed"] = resize_positions(weights["pos_embed"], old_grid, vit.grid)
@@ -272,6 +273,10 @@ class UserError(Exception):
     """Something that the user gave is wrong: `run_main` prints the sentence, without a traceback, and exits with 2."""
 
 
+class BrokenCheckpoint(UserError):
+    """A checkpoint is damaged, or is none."""
+
+
 def read_checkpoint(path):
     """The dictionary in a checkpoint file. Only tensors and plain values are read: nothing in the file is executed."""
     try:
@@ -283,8 +288,10 @@ def read_checkpoint(path):
                     raise ValueError("a wrong check sum")
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
+    except (PermissionError, MemoryError) as error:
+        raise UserError(f"{path} could not be read: {error}") from None
     except Exception:  # a damaged file makes the reader fail in many ways
-        raise UserError(f"{path} is broken or is not a checkpoint of tensors and plain values") from None
+        raise BrokenCheckpoint(f"{path} is broken or is not a checkpoint of tensors and plain values") from None
     nested = ("model", "model_state", "encoder", "predictor", "target_encoder", "classifier")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name, {}), dict) for name in nested):
         raise UserError(f"{path} holds no weights by name")
@@ -328,13 +335,15 @@ def describe(weights, settings, path):
     """The arguments of the ViT that `weights` belong to, read off names and shapes (settings: see `read_weights`)."""
     try:
         weights = encoder_of(weights)
-        dim, channels, *tubelet, _, patch_size = weights["patch_embed.proj.weight"].shape  # a tubelet if it is video
+        groups = [w for name, w in weights.items() if re.fullmatch(r"patch_embed\.(\d+\.)?proj\.weight", name)]
+        dim, channels, *tubelet, _, patch_size = groups[0].shape  # a tubelet if it is video
+        channels = settings.get("channels") or sum(group.shape[1] for group in groups)  # groups of bands: SatMAE
         frames, tubelet = (settings.get("frames", 16), tubelet[0]) if tubelet else (1, 1)
         class_token = "cls_token" in weights
         patches = (weights["pos_embed"].shape[1] - class_token) // (frames // tubelet)  # of one time step
         depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
         size = next(size for size, (width, blocks, _) in SIZES.items() if (width, blocks) == (dim, depth))
-    except (KeyError, AttributeError, ValueError, StopIteration):
+    except (KeyError, IndexError, AttributeError, ValueError, StopIteration):
         needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight")
         lacks = [name for name in needed if name not in weights]
         raise UserError(f"{path} is not a checkpoint of a Vision Transformer of a size known here: it "
@@ -392,14 +401,25 @@ def write_whole(path, write):
 
 
 def save_run(args, settings, step, model, optimizer, scaler, name="last.pt"):
-    """Write the checkpoint DIR/`name`; the last.pt of before is kept as previous.pt. Rank 0 only."""
+    """Rank 0 writes the checkpoint DIR/`name`; the last.pt of before is kept as previous.pt.
+
+    A UserError if it cannot: for last.pt in all processes, which all have to call this.
+    """
+    failure = None
     if is_rank_0():
         weights = model.state_dict()
-        if not torch.stack([weight.isfinite().all() for weight in weights.values()]).all():
-            raise UserError(f"step {step} made weights that are not finite, so they are not saved: lower --base-lr")
         checkpoint = {"settings": settings, "step": step, "model": weights, "optimizer": optimizer.state_dict(),
                       "scaler": scaler.state_dict(), "processes": number_of_processes()}
-        write_whole(Path(args.out, name), lambda file: torch.save(checkpoint, file))
+        try:
+            if not torch.stack([weight.isfinite().all() for weight in weights.values()]).all():
+                raise UserError(f"step {step} made weights that are not finite, so they are not saved: lower --base-lr")
+            write_whole(Path(args.out, name), lambda file: torch.save(checkpoint, file))
+        except UserError as error:
+            failure = error
+    if name == "last.pt" and sum_over_processes(torch.tensor(int(failure is not None))):
+        failure = failure or UserError("rank 0 could not save the run")
+    if failure:
+        raise failure
 
 
 def make_folder(path):
@@ -417,15 +437,18 @@ def open_run(args, settings, model, optimizer, scaler):
     """
     if args.benchmark:
         return 0
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        args.fresh = False  # torchrun has started it again after a crash
     out, first_step, broken = Path(args.out), 0, False
     found = [] if args.fresh else [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
     if found:
         try:
             checkpoint = read_checkpoint(found[0])
-        except UserError as error:
+        except BrokenCheckpoint as error:
             if len(found) == 1:
                 raise UserError(f"{error}, and there is no other to go on from: --fresh starts over") from None
-            print(f"{error}: going on from {found[1]}", file=sys.stderr)
+            if is_rank_0():
+                print(f"{error}: going on from {found[1]}", file=sys.stderr)
             checkpoint, broken = read_checkpoint(found[1]), True
         old = checkpoint.get("settings", {})
         changed = [f"{name} {old.get(name)} there, {settings.get(name)} now" for name in {**old, **settings}
@@ -464,7 +487,7 @@ def open_run(args, settings, model, optimizer, scaler):
 # -------------------------------------------------------------------------------------------------- processes, seeds
 
 
-PATIENCE = datetime.timedelta(hours=2)  # the others wait for rank 0 while it draws the picture and runs the probe
+PATIENCE = datetime.timedelta(minutes=30)  # the others wait for rank 0 while it draws the picture and runs the probe
 
 
 def join_processes(device=None):
@@ -575,13 +598,14 @@ def accuracy(model, batches, device, autocast):
     model.eval()
     for buffer in model.buffers() if dist.is_initialized() else ():  # BatchNorm's statistics: those of the checkpoint
         dist.broadcast(buffer, 0)
-    for pixels, labels in batches:
-        labels, pixels = labels.to(device, non_blocking=True)[:, None], pixels.to(device, non_blocking=True)
+    for batch in batches:
+        pixels, labels, *dates = (x.to(device, non_blocking=True) for x in batch)  # dates: of SatMAE
+        labels = labels[:, None]
         with autocast:
             if pixels.ndim == 6:
                 logits = model(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).mean(dim=1)
             else:
-                logits = model(pixels)
+                logits = model(pixels, *dates)
         correct = logits.topk(min(5, logits.shape[1])).indices == labels  # (B, 5)
         hits += torch.stack([correct[:, 0].sum(), correct.sum(), (labels >= 0).sum()])
     top1, top5, count = sum_over_processes(hits).tolist()
@@ -607,7 +631,7 @@ def ridge_probe(train_features, train_labels, features, labels, penalty=1e-4):
 
 
 WARM_STEPS = 5  # of a benchmark
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # of dense bf16 products, from NVIDIA's data sheets
+PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}  # dense bf16, from NVIDIA's data sheets
 
 
 class Benchmark:
@@ -636,15 +660,19 @@ class Benchmark:
                 torch.cuda.reset_peak_memory_stats()
         if step == self.args.steps:
             seconds = (time.perf_counter() - self.start) / self.args.benchmark
-            flops = self.counter.get_total_flops()  # of this process
-            peak = [value for name, value in PEAK_FLOPS.items() if cuda and name in torch.cuda.get_device_name()]
-            memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(
-                resource.RUSAGE_SELF).ru_maxrss
+            flops = self.counter.get_total_flops() * number_of_processes()
+            device = torch.cuda.get_device_name() if cuda and self.args.precision != "fp32" else ""
+            peak = [value * number_of_processes() for name, value in PEAK_FLOPS.items() if name in device]
+            if cuda:
+                memory = torch.cuda.max_memory_allocated()
+            else:
+                import resource  # not on Windows; in KiB, on macOS in bytes
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             if is_rank_0():
                 print(json.dumps({
                     f"{self.unit}_per_second": round(self.args.batch_size / seconds, 2),
                     "ms_per_step": round(1000 * seconds, 2), "gflop_per_step": round(flops / 1e9, 3),
-                    "mfu": round(flops / seconds / peak[0], 3) if peak and self.args.precision != "fp32" else None,
+                    "mfu": round(flops / seconds / peak[0], 3) if peak else None,
                     "peak_memory_gib": round(memory / 2 ** 30, 2), "precision": self.args.precision,
                     "compile": self.args.compile, "processes": number_of_processes()}))
 
@@ -691,7 +719,7 @@ class Log:
         self.stopping = int(stopping)
         if self.args.benchmark:
             self.benchmark.step_done(self.step)
-            if self.step == self.args.steps:
+            if self.stopping or self.step == self.args.steps:
                 self.leave()
 
     def mean_loss(self, lr, scaler):
@@ -737,9 +765,9 @@ class Log:
         """End all processes, after a signal with the exit code that a shell gives it."""
         self.close()
         barrier()  # rank 0 has saved
-        if is_rank_0() and self.stopping:
-            print(f"stopped at step {self.step} by {signal.Signals(self.stopping).name}; "
-                  f"the same command goes on from {self.args.out}/last.pt", file=sys.stderr)
+        if is_rank_0() and self.stopping and not self.args.benchmark:
+            print(f"stopped at step {self.step} by {signal.Signals(self.stopping).name}; the same command, without "
+                  f"--fresh, goes on from {self.args.out}/last.pt", file=sys.stderr)
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(128 + self.stopping if self.stopping else 0)
@@ -835,7 +863,7 @@ def parse_command_line(method, description, recipes, flags):
         if args.eval_only:
             values["pool"] = model["pool"]
         kept = ["mean", "std", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads", "target", "cell",
-                "stride", "predictor_dim", "predictor_depth", "encode_mask_tokens"]
+                "stride", "predictor_dim", "predictor_depth", "encode_mask_tokens", "bands", "dates", "consistent"]
         if args.task == "show" or "predictor.predictor_embed.weight" in weights:
             kept += ["masking", "mask_ratio", "mask_group", "context_frames"]  # the masks that it was trained with
         # Settings leave out what is None. A published file has none: there the paper's values hold.

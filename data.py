@@ -1,9 +1,10 @@
 """Images and clips in, batches out: the photographs that ship with scikit-image, folders of images or videos, CIFAR-10.
 
 A *source* is a map-style dataset of (pixels, label): a PIL image, a float tensor (C, H, W) where there are not 1 or 3
-channels, or a clip (T, C, H, W) of bytes. `Samples` adds the augmentation, `step_batches` decides which samples make up
-which step. Every draw of a sample has its own seed, so what a step sees depends on (seed, step) alone: not on the
-number of workers or processes, nor on whether the run was interrupted.
+channels, a clip (T, C, H, W) of bytes, or a series of images of a place, (dates, C, H, W) and, as a third item, its
+stamps (dates, 3): years since 2002, months and hours from 0. `Samples` adds the augmentation, `step_batches` decides
+which samples make up which step. Every draw of a sample has its own seed, so what a step sees depends on (seed, step)
+alone: not on the number of workers or processes, nor on whether the run was interrupted.
 """
 import itertools
 import math
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import tv_tensors
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import InterpolationMode, v2
@@ -24,7 +25,7 @@ from torchvision.transforms import InterpolationMode, v2
 from common import UserError, barrier, height_and_width, is_rank_0, mix_seed, sum_over_processes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy"}
+IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy", ".npz"}
 VIDEO_FILES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"}
 
 # ------------------------------------------------------------------------------------------------------------ sources
@@ -66,6 +67,32 @@ class Photographs(Dataset):
         left = int(torch.randint(width - side + 1, (), generator=draw))
         top = int(torch.randint(height - side + 1, (), generator=draw))
         return region.crop((left, top, left + side, top + side)), label
+
+
+class Scenes(Photographs):
+    """Scenes as if seen by a satellite, made of the photographs: `channels` bands, at several dates.
+
+    A band is a mixture of the colours, the last like near infrared (bright where there is green), with noise. At each
+    date the light is another: it goes by month and hour, and by chance.
+    """
+
+    def __init__(self, train, channels, dates=1, length=6000):
+        super().__init__(train, 3, length)
+        self.dates = dates
+        self.mixtures = np.random.default_rng(0).dirichlet(np.ones(3), channels)  # (C, 3), each with the sum 1
+        self.mixtures[-1] = (-0.5, 2.0, -0.5)
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        draw = np.random.default_rng(index)
+        bands = np.asarray(image) / 255 @ self.mixtures.T  # (H, W, C)
+        stamps = np.stack([draw.integers(16, size=self.dates), draw.integers(12, size=self.dates),
+                           draw.integers(24, size=self.dates)], axis=1)
+        light = 1 - 0.2 * np.cos(stamps[:, 1:] * (2 * math.pi / 12, math.pi / 12)).sum(axis=1)  # (dates,)
+        light = light * draw.uniform(0.8, 1.2, self.dates)
+        series = light[:, None, None, None] * bands + draw.normal(0, 0.03, (self.dates, *bands.shape))
+        pixels = torch.from_numpy(series.astype(np.float32)).permute(0, 3, 1, 2)  # (dates, C, H, W)
+        return (pixels[0], label) if self.dates == 1 else (pixels, label, torch.from_numpy(stamps).float())
 
 
 class Clips(Dataset):
@@ -122,10 +149,12 @@ class Clips(Dataset):
 
 
 class Files(Dataset):
-    """Files with labels, [(path, label)]: images, or with frames > 1 videos and folders of frames (see `read_clip`)."""
+    """Files with labels, [(path, label)]: images, or with frames > 1 videos and folders of frames (see `read_clip`), or
+    with dates > 1 folders of images of a place (see `read_series`).
+    """
 
-    def __init__(self, found, channels=3, frames=1, stride=1):
-        self.channels, self.frames, self.stride = channels, frames, stride
+    def __init__(self, found, channels=3, frames=1, stride=1, dates=1):
+        self.channels, self.frames, self.stride, self.dates = channels, frames, stride, dates
         self.views = None  # clips of a video: one at a random time, or a number of clips evenly over it
         # Arrays and not lists: workers share their memory, where each would end up with a copy of a list's objects.
         self.names = np.array([os.fsencode(name) for name, _ in found])
@@ -136,6 +165,9 @@ class Files(Dataset):
         return len(self.names)
 
     def __getitem__(self, index):
+        if self.dates > 1:
+            pixels, stamps = read_series(self.path(index), self.dates, self.channels, chosen_at_random=not self.views)
+            return pixels, int(self.labels[index]), stamps
         if self.frames > 1:
             pixels = read_clip(self.path(index), self.frames, self.stride, self.views, self.channels)
         else:
@@ -143,29 +175,33 @@ class Files(Dataset):
         return pixels, int(self.labels[index])
 
     def blank(self):
-        """What takes the place of an unreadable file in a test."""
+        """What takes the place of an unreadable file in a test, with the label -1."""
+        if self.dates > 1:
+            return torch.zeros(self.dates, self.channels, 32, 32), -1, torch.zeros(self.dates, 3)
         clips = () if self.frames == 1 else (self.frames,) if self.views is None else (self.views, self.frames)
-        return torch.zeros(*clips, self.channels, 32, 32, dtype=torch.uint8)
+        return torch.zeros(*clips, self.channels, 32, 32, dtype=torch.uint8), -1
 
     def path(self, index):
         return os.fsdecode(self.names[index])
 
 
-def find_files(root, classes=None, clips=False):
+def find_files(root, classes=None, clips=False, series=False):
     """[(path, label)] of all images below a folder, at any depth; given class names, below the folders of these names.
 
-    With `clips`, of all videos, and of all folders that hold images and no video: each is one clip.
+    With `clips`, of all videos, and of all folders that hold images and no video: each is one clip. With `series`, of
+    all folders that hold images.
     """
-    found, kinds = [], VIDEO_FILES if clips else IMAGE_FILES
+    found, kinds = [], set() if series else VIDEO_FILES if clips else IMAGE_FILES
     for label, folder in enumerate([root] if classes is None else [Path(root, name) for name in classes]):
         for where, _, names in os.walk(folder, followlinks=True):
             suffixes = {name: os.path.splitext(name)[1].lower() for name in names}
             files = [os.path.join(where, name) for name in names if suffixes[name] in kinds]
-            if clips and not files and IMAGE_FILES & set(suffixes.values()):
+            if (clips or series) and not files and IMAGE_FILES & set(suffixes.values()):
                 files = [where]
             found += [(name, label) for name in files]
     if not found:
-        raise UserError(f"there is no {'video and no folder of frames' if clips else 'image'} below {root}")
+        wanted = "folder of images" if series else "video and no folder of frames" if clips else "image"
+        raise UserError(f"there is no {wanted} below {root}")
     return sorted(found)
 
 
@@ -198,8 +234,17 @@ def read_list(path, classes=None):
 
 def read_image(path, channels=3):
     """A PIL image (RGB, or grey for 1 channel), or a float tensor (C, H, W) for any other number of channels."""
-    if Path(path).suffix.lower() == ".npy":
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # (H, W) or (H, W, C); mapped: no larger than the file
+    suffix = Path(path).suffix.lower()
+    if suffix in (".npy", ".npz"):  # (H, W) or (H, W, C); mapped: no larger than the file
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if suffix == ".npz":
+            if array.zip.infolist()[0].file_size > 16 * Image.MAX_IMAGE_PIXELS:
+                raise ValueError("it claims a size that could be a decompression bomb")
+            array = array[array.files[0]]
+    elif suffix in (".tif", ".tiff") and channels not in (1, 3):
+        array = read_tiff(path)
+        if array.ndim == 3 and array.shape[2] != channels:  # a page for each channel
+            array = array.transpose(1, 2, 0)
     else:
         image = Image.open(path)
         if channels in (1, 3) and not image.mode.startswith(("I", "F")):
@@ -214,6 +259,39 @@ def read_image(path, channels=3):
     if not np.isfinite(array).all():
         raise ValueError("it has values that are not finite")
     return torch.from_numpy((array / scale).astype(np.float32)).permute(2, 0, 1)
+
+
+def read_tiff(path):
+    """An array of all pages and channels of the first series of a TIFF file, by scikit-image's reader."""
+    from tifffile import TiffFile
+    with TiffFile(path) as file:
+        if math.prod(file.series[0].shape) > 16 * Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"it claims the shape {file.series[0].shape}, which could be a decompression bomb")
+        return file.asarray()
+
+
+def read_series(folder, dates, channels, chosen_at_random):
+    """(images (dates, C, H, W), stamps (dates, 3)) of a folder of images of one place, whose names tell the time.
+
+    A name has year, month, day and, if known, hour, such as 2016-03-24T10.tif. Of more images, so many are taken, at
+    random or evenly.
+    """
+    names = sorted(name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in IMAGE_FILES)
+    pattern = r"(?<!\d)((?:19|20)\d\d)[-_]?(0[1-9]|1[0-2])[-_]?(?:0[1-9]|[12]\d|3[01])(?:T([01]\d|2[0-3])|(?!\d))"
+    times = [re.search(pattern, name) for name in names]
+    if not all(times):
+        raise ValueError(f"{names[times.index(None)]} has no date in its name, such as 2016-03-24T10")
+    if len(names) < dates:
+        raise ValueError(f"it has {len(names)} images, fewer than {dates} dates")
+    at_random = torch.randperm(len(names))[:dates].sort().values.tolist()
+    chosen = at_random if chosen_at_random else evenly(len(names), dates)
+    images = [read_image(os.path.join(folder, names[i]), channels) for i in chosen]
+    images = [x if torch.is_tensor(x) else v2.functional.to_dtype(v2.functional.pil_to_tensor(x), scale=True)
+              for x in images]
+    if len({image.shape for image in images}) > 1:
+        raise ValueError("its images differ in size")
+    stamps = [[int(times[i][1]) - 2002, int(times[i][2]) - 1, int(times[i][3] or 0)] for i in chosen]
+    return torch.stack(images), torch.tensor(stamps, dtype=torch.float32)
 
 
 def read_clip(path, frames, stride, views=None, channels=3):
@@ -256,13 +334,16 @@ def read_clip(path, frames, stride, views=None, channels=3):
     return pixels if views is None else pixels.unflatten(0, (views, frames))
 
 
-def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None):
+def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None, dates=1, scenes=False):
     """(training source, validation source or None, class names or None) for --data: None, "cifar10", a folder, a list.
 
     A folder is DIR/train/<class>/... with DIR/val/<class>/... or DIR/test/<class>/..., or DIR/train.txt with
     DIR/val.txt or DIR/test.txt; where no labels are needed (labelled=False) it is any folder or list, and DIR/train
-    alone is used if there is one. With frames > 1 the samples are clips. label: of the built-in clips, see `Clips`.
+    alone is used if there is one. With frames > 1 the samples are clips, with dates > 1 series of images. label: of the
+    built-in clips, see `Clips`. scenes: instead of the built-in photographs, `Scenes`.
     """
+    if data is None and (scenes or dates > 1):
+        return Scenes(True, channels, dates), Scenes(False, channels, dates, 1500), Photographs.classes
     if (data is None or frames > 1) and channels not in (1, 3):
         raise UserError(f"{'clips' if frames > 1 else 'the built-in photographs'} have 1 or 3 channels, not {channels}"
                         + ("" if data else ": give --data"))
@@ -273,7 +354,7 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
     if data is None:
         return Photographs(True, channels), Photographs(False, channels, 1500), Photographs.classes
     if data == "cifar10":
-        if channels != 3 or frames > 1:
+        if channels != 3 or frames > 1 or dates > 1:
             raise UserError("CIFAR-10 has images of 3 channels and no clips")
         try:
             if is_rank_0():  # torchvision keeps the files in ./data
@@ -284,7 +365,7 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
             raise UserError(f"CIFAR-10 could not be downloaded to ./data: {error}") from None
         return train, val, train.classes
 
-    root, kind = Path(data), (channels, frames, stride)
+    root, kind, kinds = Path(data), (channels, frames, stride, dates), (frames > 1, dates > 1)
     train_list = root if root.is_file() else root / "train.txt"
     if not root.exists():
         raise UserError(f"there is no folder {root}")
@@ -310,11 +391,11 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
         if train == root or not classes or not val_classes:
             if labelled:
                 raise UserError(f"{root} needs the folders train/<class>/ and val/<class>/ (or test/<class>/)")
-            return Files(find_files(train, None, frames > 1), *kind), None, None
+            return Files(find_files(train, None, *kinds), *kind), None, None
         unknown = [name for name in val_classes if name not in classes]
         if unknown:
             raise UserError(f"{val} has the class folder {unknown[0]}, which {train} lacks")
-        train, val = (Files(find_files(folder, classes, frames > 1), *kind) for folder in (train, val))
+        train, val = (Files(find_files(folder, classes, *kinds), *kind) for folder in (train, val))
     if val:
         val.views = 1
     return train, val, classes if val else None
@@ -432,7 +513,9 @@ def measure_mean_and_std(source, image_size, images=1000):
         image = (image.transpose(0, 1) if image.ndim == 5 else image).flatten(1)  # (C, [views * T *] H * W)
         sums, squares, count = sums + image.sum(1), squares + image.square().sum(1), count + image.shape[1]
     mean = sums / count
-    return mean.tolist(), (squares / count - mean.square()).clamp(min=1e-12).sqrt().tolist()
+    std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+    # Rounded, so that a run goes on although another machine measures another last digit.
+    return [[float(f"{value:.4g}") for value in values.tolist()] for values in (mean, std)]
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -470,9 +553,9 @@ class Samples(Dataset):
             while sample is None and self.replace:
                 index = (index + 1) % len(self.source)
                 sample = self.read(index)
-            pixels, label = sample or (self.source.blank(), -1)
+            pixels, label, *dates = sample or self.source.blank()
             pixels = self.transform(pixels)
-        return (pixels.transpose(-4, -3) if pixels.ndim > 3 else pixels), label
+        return (pixels.transpose(-4, -3) if pixels.ndim > 3 else pixels), label, *dates
 
 
 def evenly(length, count):
@@ -508,16 +591,19 @@ def step_batches(length, args, first_step, rank, processes):
 
 
 def ignore_signals(worker):
-    """For a worker: a signal often goes to all processes of a run, and a worker ends when the one it serves does."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """For a worker: a signal often goes to all processes of a run, and a worker ends when the one it serves does.
+
+    Only the first SIGTERM is ignored: the next may come from that one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def training_loader(samples, args, first_step, rank, processes, device):
     """Batches of this process for the steps from `first_step` to `args.steps`, `args.accumulate` of them a step."""
     if args.benchmark:  # the same random numbers at every step, on the device already
-        share = args.batch_size // (args.accumulate * processes)
-        return itertools.repeat((torch.randn(share, *samples[0, 0][0].shape, device=device), None))
+        pixels, *rest = default_collate([samples[0, 0]] * (args.batch_size // (args.accumulate * processes)))
+        return itertools.repeat((torch.randn_like(pixels, device=device), *(x.to(device) for x in rest)))
     batches = step_batches(len(samples.source), args, first_step, rank, processes)
     return DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
                       worker_init_fn=ignore_signals)

@@ -19,6 +19,7 @@ It never sees a mask token, which makes it both better and cheaper; the decoder 
     python mae.py finetune --data DIR --init runs/mae/last.pt
     python mae.py linprobe --data DIR --init runs/mae/last.pt
     python mae.py show --init runs/mae/last.pt --image photo.jpg
+    python mae.py --bands 0,1,2/3,4/5 --out runs/bands      SatMAE on scenes of six bands; --dates 3: at three dates
 """
 import math
 from pathlib import Path
@@ -27,19 +28,22 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
 from torchvision.utils import make_grid, save_image
 
 import data
-from common import (Block, Log, UserError, ViT, accuracy, barrier, cosine, grid_of, is_rank_0, join_processes,
-                    load_strictly, make_folder, mix_seed, no_sync, number_of_processes, open_run,
+from common import (Block, Log, PatchEmbed, UserError, ViT, accuracy, barrier, cosine, grid_of, is_rank_0,
+                    join_processes, load_strictly, make_folder, mix_seed, no_sync, number_of_processes, open_run,
                     parameter_groups, parse_command_line, patchify, precision_of, read_weights, ridge_probe, run_main,
-                    save_run, settings_of, sincos_2d, unpatchify)
+                    save_run, settings_of, sincos_1d, sincos_2d, unpatchify)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below; a dictionary gives values by model size.
 MODEL = {
     "size": ("base", "nano"),
     "image_size": (224, 64),
     "patch_size": ({"base": 16, "large": 16, "huge": 14}, 8),
+    "bands": (None, None),
+    "dates": (1, 1),
     "log_every": (50, 10),
     "save_every": (1000, 200),
 }
@@ -53,6 +57,7 @@ RECIPES = {
         "mask_ratio": (0.75, 0.75),
         "norm_pix_loss": (True, True),
         "encode_mask_tokens": (False, False),
+        "consistent": (False, False),
         "steps": (None, 700),
         "epochs": (800, None),
         "batch_size": (4096, 64),
@@ -100,6 +105,9 @@ RECIPES = {
         "mask_ratio": (0.75, 0.75),
         "norm_pix_loss": (False, False),
         "encode_mask_tokens": (False, False),
+        "bands": (None, None),
+        "dates": (1, 1),
+        "consistent": (False, False),
     },
 }
 FLAGS = {  # beside those of common.py
@@ -110,6 +118,9 @@ FLAGS = {  # beside those of common.py
     "mask_ratio": (float, "share of the patches that are hidden"),
     "norm_pix_loss": (bool, "normalise the pixels of each target patch by their own mean and deviation"),
     "encode_mask_tokens": (bool, "let the encoder see mask tokens too, for comparison"),
+    "bands": (str, "groups of channels with tokens of their own, such as 0,1,2/3,4 (SatMAE)"),
+    "dates": (int, "images of each place, at different times, with tokens of their own (SatMAE)"),
+    "consistent": (bool, "hide the same places in all groups of bands, or at all dates"),
     "min_lr": (float, "learning rate at the end"),
     "pool": (["class", "mean"], "what the classifier reads: the class token, or the mean of the patch tokens"),
     "layer_decay": (float, "factor on the learning rate from one block to the block below"),
@@ -203,16 +214,16 @@ class MAE(ViT):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def encode(self, images, mask_ratio, noise):
+    def encode(self, images, mask_ratio, noise, *dates):
         """Encode the visible patches only.
 
         images (B, C, H, W), noise (B, L) -> latent (B, 1 + kept, D), mask (B, L) with 1 = removed, and restore (B, L),
         the place of each patch in the sequence (visible patches first, then the removed ones).
         """
-        x = self.embed(images)  # (B, L, D), positions added
+        x = self.embed(images, *dates)  # (B, L, D), positions added
         shuffle = noise.argsort(dim=1)  # small is kept, large is removed
         restore = shuffle.argsort(dim=1)
-        kept = kept_patches(self.grid, mask_ratio)
+        kept = self.kept(mask_ratio)
         mask = (restore >= kept).float()
         if self.encoder_mask_token is not None:
             x = torch.where(mask[..., None] > 0, self.encoder_mask_token + self.pos_embed[:, 1:], x)
@@ -223,17 +234,29 @@ class MAE(ViT):
             x = block(x)
         return self.norm(x), mask, restore
 
-    def decode(self, latent, restore):
+    def kept(self, mask_ratio):
+        return kept_patches(self.grid, mask_ratio)
+
+    def decode(self, latent, restore, *dates):
         """Predict all patches: (B, 1 + kept, D) -> (B, L, P*P*C)."""
         x = self.decoder_embed(latent)  # (B, 1 + kept, decoder_dim)
         B, L, D = *restore.shape, x.shape[2]
         mask_tokens = self.mask_token.expand(B, L + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], mask_tokens], dim=1)  # (B, L, decoder_dim), visible first
         patches = patches.gather(1, restore[..., None].expand(-1, -1, D))  # back in raster order
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_positions(*dates)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        return self.predict(self.decoder_norm(x)[:, 1:])
+
+    def predict(self, x):
+        return self.decoder_pred(x)
+
+    def decoder_positions(self):
+        return self.decoder_pos_embed
+
+    def noise(self, masking, batch, mask_ratio, generator, device):
+        return MASKINGS[masking](batch, self.grid, mask_ratio, generator, device)
 
     def target(self, images):
         """Pixels to predict (B, L, P*P*C), and the mean and deviation that were taken out of each patch (B, L, 1)."""
@@ -243,21 +266,179 @@ class MAE(ViT):
         mean, std = pixels.mean(-1, keepdim=True), (pixels.var(-1, keepdim=True) + 1e-6).sqrt()  # unbiased variance
         return (pixels - mean) / std, mean, std
 
-    def forward(self, images, mask_ratio=0.75, noise=None):
+    def errors(self, pred, images):
+        """Squared error of each patch, the mean over its pixels: (B, L)."""
+        return (pred.float() - self.target(images)[0]).square().mean(dim=-1)
+
+    def forward(self, images, mask_ratio=0.75, noise=None, *dates):
         """images (B, C, H, W) -> (loss, pred (B, L, P*P*C), mask (B, L) with 1 = removed).
 
         noise (B, L): the patches with the smallest noise are kept; random by default.
         """
         if noise is None:
-            noise = random_noise(len(images), self.grid, mask_ratio, None, images.device)
-        latent, mask, restore = self.encode(images, mask_ratio, noise)
-        pred = self.decode(latent, restore)
-        loss = (pred.float() - self.target(images)[0]).square().mean(dim=-1)  # (B, L): mean over a patch's pixels
-        loss = (loss * mask).sum() / mask.sum()  # mean over the removed patches
+            noise = self.noise("random", len(images), mask_ratio, None, images.device)
+        latent, mask, restore = self.encode(images, mask_ratio, noise, *dates)
+        pred = self.decode(latent, restore, *dates)
+        loss = (self.errors(pred, images) * mask).sum() / mask.sum()  # mean over the removed patches
         return loss, pred, mask
 
 
+# -------------------------------------------------------------------------------------- SatMAE: many bands, many dates
+# "SatMAE: Pre-training Transformers for Temporal and Multi-Spectral Satellite Imagery", Cong et al. 2022, arXiv
+# 2207.08051: MAE with S tokens at each place, one for each group of bands or for each date. Above, L becomes S * L.
+
+
+def fixed(table):
+    """(L, D) -> a parameter (1, L, D) that is not trained."""
+    return nn.Parameter(table.float()[None], requires_grad=False)
+
+
+def codes_of_dates(dates, width):
+    """Time stamps (B, T, 3), of year, month and hour -> their sine-cosine codes side by side, (B, T, 3 * width)."""
+    return sincos_1d(width, dates.flatten()).unflatten(0, dates.shape).flatten(2).float()
+
+
+def positions_of_slices(table, codes):
+    """Positions of class token and places (1, 1 + L, K), codes of slices (1 or B, S, M) -> (1 or B, S * L, K + M)."""
+    places = table[:, None, 1:].expand(*codes.shape[:2], -1, -1)
+    return torch.cat([places, codes[:, :, None].expand(-1, -1, places.shape[2], -1)], dim=3).flatten(1, 2)
+
+
+def pick(x, dim, indices):
+    """x at some indices of a dimension. With a list as index, a GPU would be waited for."""
+    return torch.stack([x.select(dim, index) for index in indices], dim)
+
+
+def groups_of(bands):
+    """The groups of --bands: "0,1,2/3,4" -> ((0, 1, 2), (3, 4)), None -> None."""
+    try:
+        return bands and tuple(tuple(int(band) for band in group.split(",")) for group in bands.split("/"))
+    except ValueError:
+        raise UserError(f"--bands {bands} is not a list of groups such as 0,1,2/3,4") from None
+
+
+class SatelliteViT(ViT):
+    """A ViT on images of many bands, or of one place at several dates. The rest as in `ViT`.
+
+    bands: groups of channels, such as ((0, 1, 2), (3, 4)), each with its own projection. Other channels are not used.
+    dates: without bands, the number of dates. Images are (B, C, dates, H, W), with their time stamps (B, dates, 3).
+    The end of a token's position is the sine-cosine code of its group, or of the year, month and hour of its date.
+    """
+
+    def __init__(self, *arguments, bands=None, dates=1, **named):
+        super().__init__(*arguments, **named)
+        self.bands, self.slices = bands, len(bands) if bands else dates
+        self.date_width = min(128, self.dim // 24 * 4)  # the published widths, where the model is wide enough
+        width = min(256, self.dim // 2) if bands else 3 * self.date_width
+        self.pos_embed = fixed(F.pad(sincos_2d(self.dim - width, self.grid), (0, 0, 1, 0)))
+        if bands:
+            self.channel_embed = fixed(sincos_1d(width, torch.arange(len(bands))))
+            self.patch_embed = nn.ModuleList(PatchEmbed(self.patch_size, len(group), self.dim) for group in bands)
+            for embed in self.patch_embed:
+                nn.init.xavier_uniform_(embed.proj.weight.flatten(1))
+
+    def embed(self, images, dates=None):
+        """(B, C, [dates,] H, W), and the stamps (B, dates, 3) of dates -> (B, S * L, D), slice by slice."""
+        if self.bands:
+            x = [embed(pick(images, 1, group)) for embed, group in zip(self.patch_embed, self.bands)]
+            codes = self.channel_embed
+        else:
+            x = [self.patch_embed(image) for image in images.unbind(dim=2)]
+            codes = codes_of_dates(dates, self.date_width)
+        return torch.cat(x, dim=1) + positions_of_slices(self.pos_embed, codes)
+
+    def add_class_token(self, x):
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # its position is zero
+
+    @classmethod
+    def load(cls, path, **changes):
+        """As `ViT.load`; a checkpoint of ours knows its bands and dates, for a published one give them."""
+        settings = read_weights(path)[1]
+        return super().load(path, **{"bands": groups_of(settings.get("bands")), "dates": settings.get("dates", 1),
+                                     **changes})
+
+
+class SatMAE(SatelliteViT, MAE):
+    """MAE on a `SatelliteViT`: predictions and targets are lists with an entry (B, L, P*P*C) for each of the S slices.
+
+    consistent: hide the same places in all slices; else each slice has its own, which the paper found better.
+    """
+
+    def __init__(self, *arguments, bands=None, dates=1, consistent=False, decoder_dim=512, **named):
+        super().__init__(*arguments, bands=bands, dates=dates, decoder_dim=decoder_dim, **named)
+        self.consistent, self.decoder_date_width = consistent, min(64, decoder_dim // 24 * 4)
+        width = min(128, decoder_dim // 2) if bands else 3 * self.decoder_date_width
+        self.decoder_pos_embed = fixed(F.pad(sincos_2d(decoder_dim - width, self.grid), (0, 0, 1, 0)))
+        if bands:
+            self.decoder_channel_embed = fixed(sincos_1d(width, torch.arange(len(bands) + 1)))  # the last: class token
+            self.decoder_pred = nn.ModuleList(nn.Linear(decoder_dim, len(group) * self.patch_size ** 2)
+                                              for group in bands)
+            for layer in self.decoder_pred:
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def noise(self, masking, batch, mask_ratio, generator, device):
+        if self.consistent:
+            return super().noise(masking, batch, mask_ratio, generator, device).repeat(1, self.slices)
+        return super().noise(masking, batch * self.slices, mask_ratio, generator, device).reshape(batch, -1)
+
+    def kept(self, mask_ratio):
+        places = math.prod(self.grid)
+        return self.slices * int(places * (1 - mask_ratio)) if self.consistent else int(
+            self.slices * places * (1 - mask_ratio))
+
+    def decoder_positions(self, dates=None):
+        if self.bands:
+            codes, of_class_token = self.decoder_channel_embed[:, :-1], self.decoder_channel_embed[:, -1:]
+        else:
+            codes = codes_of_dates(dates, self.decoder_date_width)
+            of_class_token = torch.zeros_like(codes[:, :1])
+        of_class_token = F.pad(of_class_token, (self.decoder_pos_embed.shape[2], 0))
+        return torch.cat([of_class_token, positions_of_slices(self.decoder_pos_embed, codes)], dim=1)
+
+    def predict(self, x):
+        x = x.chunk(self.slices, dim=1)
+        if not self.bands:
+            return [self.decoder_pred(part) for part in x]
+        slots = torch.cat([layer(part).unflatten(2, (len(group), -1))  # (B, L, C, P*P), in the order of the groups
+                           for layer, part, group in zip(self.decoder_pred, x, self.bands)], dim=2)
+        # The published code takes the k-th of them for the k-th band, though the groups may have another order.
+        used = sorted(band for group in self.bands for band in group)
+        return [pick(slots, 2, [used.index(band) for band in group]).transpose(2, 3).flatten(2) for group in self.bands]
+
+    def target(self, images):
+        if not self.bands:
+            return tuple(zip(*(super(SatMAE, self).target(image) for image in images.unbind(dim=2))))
+        target, *statistics = super().target(pick(images, 1, [band for group in self.bands for band in group]))
+        parts = target.unflatten(2, (self.patch_size ** 2, -1)).split([len(group) for group in self.bands], dim=3)
+        return [part.flatten(2) for part in parts], *([x] * self.slices for x in statistics)
+
+    def errors(self, pred, images):
+        target, _, _ = self.target(images)
+        return torch.cat([(p.float() - t).square().mean(dim=2) for p, t in zip(pred, target)], dim=1)
+
+
 # ------------------------------------------------------------------------------------------------------- pre-training
+
+
+def check_bands(args):
+    """Check --bands and --dates; the built-in scenes get as many channels as --bands asks for."""
+    if args.bands and args.dates > 1:
+        raise UserError("give --bands or --dates, not both")
+    every = [band for group in groups_of(args.bands) or () for band in group]
+    if len(set(every)) < len(every):
+        raise UserError(f"--bands {args.bands} has a band twice")
+    if not args.data and not args.init:
+        args.channels = max([args.channels] + [band + 1 for band in every])
+    if every and (max(every) >= args.channels or min(every) < 0):
+        raise UserError(f"--bands {args.bands} has a band that is not among the {args.channels} channels, 0 to "
+                        f"{args.channels - 1} (--channels)")
+
+
+def open_images(args, labelled):
+    """Sources of images, scenes of many bands, or series, as in `data.open_sources`."""
+    check_bands(args)
+    return data.open_sources(args.data, args.channels, labelled, dates=args.dates, scenes=bool(args.bands))
 
 
 def new_model(args):
@@ -266,8 +447,14 @@ def new_model(args):
     if not 0 < kept_patches(grid, args.mask_ratio) < math.prod(grid):
         raise UserError(f"--mask-ratio {args.mask_ratio} hides none or all of the {math.prod(grid)} patches")
     torch.manual_seed(args.seed)
-    model = MAE(args.size, args.image_size, args.patch_size, args.channels, args.norm_pix_loss, args.decoder_dim,
-                args.decoder_depth, args.decoder_heads, args.encode_mask_tokens)
+    shape = (args.size, args.image_size, args.patch_size, args.channels, args.norm_pix_loss)
+    decoder = {name: getattr(args, name) for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    if args.bands or args.dates > 1:
+        if args.encode_mask_tokens:
+            raise UserError("--encode-mask-tokens is not for --bands or --dates")
+        model = SatMAE(*shape, **decoder, bands=groups_of(args.bands), dates=args.dates, consistent=args.consistent)
+    else:
+        model = MAE(*shape, **decoder, encode_mask_tokens=args.encode_mask_tokens)
     if args.init:
         weights, _ = read_weights(args.init)
         if "decoder_embed.weight" not in weights:
@@ -282,7 +469,7 @@ def new_model(args):
 
 def pretrain(args):
     device, rank, processes = join_processes(args.device)
-    train_source, val_source, classes = data.open_sources(args.data, args.channels, labelled=False)
+    train_source, val_source, classes = open_images(args, labelled=False)
     data.complete(args, train_source, device, processes)
     augmentation = data.crop_and_flip(args.image_size, args.mean, args.std, scale=(0.2, 1.0))
     samples = data.Samples(train_source, augmentation, args.seed)
@@ -306,13 +493,13 @@ def pretrain(args):
 
         # Every process draws the masks of the whole batch and takes its rows: their number does not change the run.
         generator.manual_seed(mix_seed(args.seed, step))
-        noise = MASKINGS[args.masking](args.batch_size, model.grid, args.mask_ratio, generator, device)
+        noise = model.noise(args.masking, args.batch_size, args.mask_ratio, generator, device)
         for part in range(args.accumulate):
             rows = data.rows_of_process(args.batch_size, args.accumulate, part, rank, processes)
-            images = next(batches)[0].to(device, non_blocking=True)
+            images, _, *dates = (x.to(device, non_blocking=True) for x in next(batches))
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:
-                    loss, _, _ = net(images, args.mask_ratio, noise[rows])
+                    loss, _, _ = net(images, args.mask_ratio, noise[rows], *dates)
                 scaler.scale(loss / args.accumulate).backward()
             log.losses.append(loss.detach())
         if args.clip_grad:
@@ -334,17 +521,18 @@ def pretrain(args):
 
     if is_rank_0():
         view = data.CentreCrop(args.image_size, args.mean, args.std)
-        val = data.Samples(val_source or train_source, view)
+        val = data.Samples(val_source or train_source, view, replace=False)
         path = Path(args.out, "reconstruction.png")
-        save_picture(path, model, [val[i, 0][0] for i in data.evenly(len(val.source), 8)], args)
+        save_picture(path, model, val, args)
         print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl, picture {path}")
         if classes:
-            train = data.Samples(train_source, view)
+            train = data.Samples(train_source, view, replace=False)
             before, after = (probe(m, train, val, args, device) for m in (new_model(args).to(device), model))
             print(f"linear probe of the frozen encoder on validation images: {before:.1f} % before training, "
                   f"{after:.1f} % after")
     barrier()
-    data.report_unreadable(train_source, device)
+    for source in (train_source, val_source):
+        data.report_unreadable(source, device)
 
 
 def probe(model, train, val, args, device, limit=3000):
@@ -352,12 +540,13 @@ def probe(model, train, val, args, device, limit=3000):
 
     def features(samples):
         x, y = [], []
-        for images, labels in data.test_loader(samples, args, device, limit=limit):
+        for images, labels, *dates in data.test_loader(samples, args, device, limit=limit):
             with torch.no_grad(), precision_of(args, device)[0]:
-                tokens = model.eval().tokens(images.to(device))  # (B, 1 + L, D)
+                tokens = model.eval().tokens(images.to(device), *(x.to(device) for x in dates))  # (B, 1 + L, D)
             x.append(tokens[:, 1:].float().mean(dim=1).cpu())
             y.append(labels)
-        return torch.cat(x), torch.cat(y)
+        x, y = torch.cat(x), torch.cat(y)
+        return x[y >= 0], y[y >= 0]  # without unreadable files
 
     return ridge_probe(*features(train), *features(val))
 
@@ -371,10 +560,13 @@ def new_classifier(args, classes):
     changes = {"image_size": args.image_size, "frames": 1, "tubelet": 1, "pool": args.pool, "num_classes": len(classes)}
     if args.task == "finetune":
         changes["drop_path"] = args.drop_path
+    kind, changes["channels"] = ViT, args.channels
+    if args.bands or args.dates > 1:
+        kind, changes = SatelliteViT, {**changes, "bands": groups_of(args.bands), "dates": args.dates}
     if args.init:
-        model = ViT.load(args.init, **changes)
+        model = kind.load(args.init, **changes)
     else:
-        model = ViT(args.size, patch_size=args.patch_size, channels=args.channels, **changes)
+        model = kind(args.size, patch_size=args.patch_size, **changes)
     head = model.head
     nn.init.zeros_(head.bias)
     if args.task == "linprobe":
@@ -386,7 +578,9 @@ def new_classifier(args, classes):
         model.head = nn.Sequential(nn.BatchNorm1d(model.dim, affine=False, eps=1e-6), head)
     else:
         nn.init.trunc_normal_(head.weight, std=2e-5)
-        model.pos_embed.requires_grad_(True)  # the published code trains the positions when it fine-tunes
+        for name in ("pos_embed", "channel_embed"):  # the published code trains them when it fine-tunes
+            if hasattr(model, name):
+                getattr(model, name).requires_grad_(True)
     return model
 
 
@@ -395,7 +589,7 @@ def classify(args):
     if args.eval_only and not args.init:
         raise UserError("--eval-only needs --init, a checkpoint of a classifier")
     device, rank, processes = join_processes(args.device)
-    train_source, val_source, classes = data.open_sources(args.data, args.channels)
+    train_source, val_source, classes = open_images(args, labelled=True)
     data.complete(args, train_source, device, processes)
     args.num_classes = len(classes)
     if args.task == "finetune":
@@ -439,11 +633,11 @@ def classify(args):
         model.train()
         torch.manual_seed(mix_seed(args.seed, step, rank))  # of drop path, MixUp and CutMix
         for part in range(args.accumulate):
-            images, labels = (x.to(device, non_blocking=True) for x in next(batches))
+            images, labels, *dates = (x.to(device, non_blocking=True) for x in next(batches))
             images, labels = mix(images, labels)
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:
-                    loss = F.cross_entropy(net(images), labels, label_smoothing=args.smoothing)
+                    loss = F.cross_entropy(net(images, *dates), labels, label_smoothing=args.smoothing)
                 scaler.scale(loss / args.accumulate).backward()
             log.losses.append(loss.detach())
         if args.clip_grad:
@@ -475,27 +669,35 @@ def classify(args):
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def save_picture(path, model, images, args):
-    """Write a picture with a row per image: original, masked, reconstruction with the visible patches pasted in.
+def save_picture(path, model, samples, args):
+    """Write a picture of some samples: original, masked, reconstruction with the visible patches pasted in.
 
-    images: list of normalised (C, H, W). Where the targets are normalised, the prediction gets the mean and deviation
-    of the true patch back.
+    Each has a row; with bands or dates a row for each group, whose first three bands are shown as colours, or date.
+    Where the targets are normalised, the prediction gets the mean and deviation of the true patch back.
     """
-    images = torch.stack(images).to(model.cls_token.device)
-    generator = torch.Generator(images.device).manual_seed(mix_seed(args.seed))
-    noise = MASKINGS[args.masking](len(images), model.grid, args.mask_ratio, generator, images.device)
+    device, groups = model.cls_token.device, groups_of(args.bands) or [range(args.channels)] * args.dates
+    chosen = data.evenly(len(samples.source), max(1, 8 // len(groups)))
+    images, _, *dates = (x.to(device) for x in default_collate([samples[index, 0] for index in chosen]))
+    generator = torch.Generator(device).manual_seed(mix_seed(args.seed))
+    noise = model.noise(args.masking, len(images), args.mask_ratio, generator, device)
     with torch.no_grad():
-        _, pred, mask = model.eval()(images, args.mask_ratio, noise)
-        _, mean, std = model.target(images)
-    patches, hidden = patchify(images, model.patch_size), mask[..., None].bool()
-    grey = torch.zeros_like(patches)  # the mean of the data
-    rows = [patches, torch.where(hidden, grey, patches), torch.where(hidden, pred * std + mean, patches)]
-    rows = torch.stack([unpatchify(row, model.patch_size, model.grid) for row in rows], dim=1).flatten(0, 1).cpu()
-    rows = rows * torch.tensor(args.std).view(-1, 1, 1) + torch.tensor(args.mean).view(-1, 1, 1)
-    if args.channels not in (1, 3):  # no photograph: stretch what the originals hold to the range of a picture
-        low, high = rows[::3].amin((0, 2, 3), keepdim=True), rows[::3].amax((0, 2, 3), keepdim=True)
-        rows = (rows - low) / (high - low).clamp(min=1e-6)
-    rows = rows[:, :3] if rows.shape[1] >= 3 else rows[:, :1]
+        _, pred, mask = model.eval()(images, args.mask_ratio, noise, *dates)
+        target, mean, std = model.target(images)
+    if torch.is_tensor(pred):
+        pred, target, mean, std = [pred], [target], [mean], [std]
+    rows = []
+    hidden = mask[..., None].bool().chunk(len(groups), dim=1)
+    for group, p, t, m, s, h in zip(groups, pred, target, mean, std, hidden):  # (B, L, P*P*C), from m on (B, L, 1)
+        patches = t * s + m
+        row = [patches, torch.where(h, 0.0, patches), torch.where(h, p * s + m, patches)]
+        row = torch.stack([unpatchify(x, model.patch_size, model.grid) for x in row], dim=1).cpu()  # (B, 3, C, H, W)
+        of_group = [torch.tensor(values)[list(group)].view(-1, 1, 1) for values in (args.std, args.mean)]
+        row = row * of_group[0] + of_group[1]
+        if args.bands or args.channels not in (1, 3):  # no photograph: stretch it to the range of a picture
+            low, high = row[:, :1].amin((0, 1, 3, 4), keepdim=True), row[:, :1].amax((0, 1, 3, 4), keepdim=True)
+            row = (row - low) / (high - low).clamp(min=1e-6)
+        rows.append(row[:, :, :3] if row.shape[2] >= 3 else row[:, :, :1].expand(-1, -1, 3, -1, -1))
+    rows = torch.stack(rows, dim=1).flatten(0, 2)
     zoom = max(1, 160 // rows.shape[-1])
     rows = F.interpolate(rows.clamp(0, 1), scale_factor=zoom, mode="nearest")
     save_image(make_grid(rows, nrow=3, padding=4, pad_value=1.0), path)
@@ -506,15 +708,16 @@ def show(args):
     if not args.init:
         raise UserError("show needs --init, a checkpoint of a whole MAE")
     if args.image:
-        source = data.Files([(args.image, 0)], args.channels)
+        check_bands(args)
+        source = data.Files([(args.image, 0)], args.channels, dates=args.dates)
     else:
-        train_source, val_source, _ = data.open_sources(args.data, args.channels, labelled=False)
+        train_source, val_source, _ = open_images(args, labelled=False)
         source = val_source or train_source
     data.complete(args, source, torch.device("cpu"))
     samples = data.Samples(source, data.CentreCrop(args.image_size, args.mean, args.std))
     model, path = new_model(args), Path(args.out, "reconstruction.png")
     make_folder(args.out)
-    save_picture(path, model, [samples[i, 0][0] for i in data.evenly(len(source), 8)], args)
+    save_picture(path, model, samples, args)
     print(f"picture {path}")
 
 
