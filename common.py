@@ -501,12 +501,16 @@ def join_processes(device=None):
         raise UserError(f"this machine has no device {device}")
     if "RANK" not in os.environ:
         return torch.device(device), 0, 1
+    store, rank, processes = next(dist.rendezvous("env://"))
+    # When torchrun starts all processes again after a crash, the store still has the addresses of the dead ones.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    named = {"store": store, "rank": rank, "world_size": processes, "timeout": PATIENCE}
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device), timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device), **named)
     else:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", **named)
     return torch.device(device), dist.get_rank(), dist.get_world_size()
 
 
