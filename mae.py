@@ -234,9 +234,6 @@ class MAE(ViT):
             x = block(x)
         return self.norm(x), mask, restore
 
-    def kept(self, mask_ratio):
-        return kept_patches(self.grid, mask_ratio)
-
     def decode(self, latent, restore, *dates):
         """Predict all patches: (B, 1 + kept, D) -> (B, L, P*P*C)."""
         x = self.decoder_embed(latent)  # (B, 1 + kept, decoder_dim)
@@ -248,15 +245,6 @@ class MAE(ViT):
         for block in self.decoder_blocks:
             x = block(x)
         return self.predict(self.decoder_norm(x)[:, 1:])
-
-    def predict(self, x):
-        return self.decoder_pred(x)
-
-    def decoder_positions(self):
-        return self.decoder_pos_embed
-
-    def noise(self, masking, batch, mask_ratio, generator, device):
-        return MASKINGS[masking](batch, self.grid, mask_ratio, generator, device)
 
     def target(self, images):
         """Pixels to predict (B, L, P*P*C), and the mean and deviation that were taken out of each patch (B, L, 1)."""
@@ -281,6 +269,24 @@ class MAE(ViT):
         pred = self.decode(latent, restore, *dates)
         loss = (self.errors(pred, images) * mask).sum() / mask.sum()  # mean over the removed patches
         return loss, pred, mask
+
+    # The rest of MAE, in methods of its own because SatMAE, below, does it in another way.
+
+    def noise(self, masking, batch, mask_ratio, generator, device):
+        """Noise (batch, L) for one of the `MASKINGS`."""
+        return MASKINGS[masking](batch, self.grid, mask_ratio, generator, device)
+
+    def kept(self, mask_ratio):
+        """How many tokens the encoder sees."""
+        return kept_patches(self.grid, mask_ratio)
+
+    def decoder_positions(self):
+        """(1, 1 + L, decoder_dim), the class token's first."""
+        return self.decoder_pos_embed
+
+    def predict(self, x):
+        """(B, L, decoder_dim) -> (B, L, P*P*C)."""
+        return self.decoder_pred(x)
 
 
 # -------------------------------------------------------------------------------------- SatMAE: many bands, many dates
