@@ -375,8 +375,8 @@ def load_strictly(model, weights, path):
 def settings_of(args):
     """What a run depends on, as plain values: all flags but those on where and how it runs."""
     technical = ("task", "recipe", "out", "fresh", "device", "compile", "workers", "log_every", "save_every", "epochs",
-                 "measure", "eval_only", "image", "views", "accumulate", "precision", "probe_every", "benchmark",
-                 "classifier")
+                 "measure", "eval_only", "image", "views", "accumulate", "precision", "probe_every", "probe_labels",
+                 "benchmark", "classifier")
     settings = {name: value for name, value in vars(args).items() if name not in technical and value is not None}
     if args.data and args.data != "cifar10":
         settings["data"] = str(Path(args.data).resolve())
@@ -841,7 +841,8 @@ def parse_command_line(method, description, recipes, flags):
             written = f"--{name.replace('_', '-')}"
             least = 1 if flags[name][0] is int and name not in ("seed", "workers") or name == "stretch" else 0
             most = 10 if name == "randaugment" else 1 if name in (
-                "mask_ratio", "warmup", "drop_path", "erasing", "smoothing", "momentum", "start_lr") else math.inf
+                "mask_ratio", "warmup", "drop_path", "erasing", "smoothing", "momentum", "start_lr",
+                "probe_labels") else math.inf
             if isinstance(value, (int, float)) and not least <= value <= most:
                 raise UserError(f"{written} {value} is not a number from {least} to {most}")
             if name not in FLAGS and name not in recipes[args.task]:

@@ -1,5 +1,6 @@
 """Every test. `pytest -q test_all.py` takes a few minutes on two CPU cores and needs neither a GPU nor a network."""
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -1333,6 +1335,8 @@ RUNS = [(mae, TINY_FLAGS, "folder"), (maskfeat, MASKFEAT_FLAGS, "folder"),
         (vjepa, [*VJEPA_FLAGS, "--probe-every", "3"], "videos")]
 
 
+SATELLITE_RUNS = [(mae, [*TINY_FLAGS, "--bands", "0,1/2"], "folder"),
+                  (mae, [*TINY_FLAGS, "--channels", "5", "--dates", "3"], "places")]
 FINETUNE_FLAGS = ["finetune", "--recipe", "demo", "--image-size", "32", "--batch-size", "8", "--workers", "0",
                   "--log-every", "1", "--device", "cpu", "--drop-path", "0.2", "--mixup", "0.8", "--cutmix", "1"]
 
@@ -1621,6 +1625,11 @@ def test_vjepa_by_command_line(videos, folder, checkpoint, tmp_path, monkeypatch
     encoder = common.ViT.load(out / "last.pt")  # the y-encoder
     assert torch.equal(encoder.blocks[0].attn.qkv.weight, last["model"]["target_encoder.blocks.0.attn.qkv.weight"])
 
+    limits, features = [], vjepa.features
+    monkeypatch.setattr(vjepa, "features", lambda *rest: limits.append(rest[-1]) or features(*rest))
+    again = vjepa_main(*VJEPA_FLAGS, *flags, "--steps", 3, "--probe-every", 2, "--probe-labels", 0.01, "--out", out)
+    assert "validation clips, class: " in again and limits == [30, 3000]  # the finished run is only probed again
+
     vjepa_main(*flags, "--init", out / "last.pt", "--steps", 1, "--out", tmp_path / "more")  # the same model and masks
     assert common.read_checkpoint(tmp_path / "more/last.pt")["settings"]["masking"] == "multiblock"
     one_sentence(vjepa, [*flags, "--init", checkpoint], "needs clips", tmp_path, monkeypatch, capsys)  # of images
@@ -1656,7 +1665,7 @@ def test_bf16_and_compile_agree_with_float32(folder, tmp_path, monkeypatch, flag
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
 
 
-@pytest.mark.parametrize("method, tiny, where", RUNS)
+@pytest.mark.parametrize("method, tiny, where", RUNS + SATELLITE_RUNS)
 def test_benchmark(method, tiny, where, request, tmp_path, monkeypatch, capsys):
     """A line of JSON, nothing written; the operations of MAE are those of the formula."""
     flags = ["--benchmark", 2, *tiny, "--data", request.getfixturevalue(where), "--out", tmp_path / "run"]
@@ -1664,14 +1673,14 @@ def test_benchmark(method, tiny, where, request, tmp_path, monkeypatch, capsys):
         main(monkeypatch, *flags, method=method)
     found = json.loads(capsys.readouterr().out)
     assert exit.value.code == 0 and not (tmp_path / "run").exists()
-    unit = "images" if where == "folder" else "clips"
+    unit = "clips" if where == "videos" else "images"
     assert found[f"{unit}_per_second"] * found["ms_per_step"] == pytest.approx(8000, rel=0.01)
     assert found["peak_memory_gib"] > 0.1 and found["mfu"] is None and found["processes"] == 1
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:  # a signal does not make it write either
         patch.setattr(common.Benchmark, "step_done", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         main(patch, *flags, method=method)
     assert exit.value.code == 143 and not (tmp_path / "run").exists()
-    if method is mae:  # 16 patches, 4 of them and the class token in the encoder, 17 tokens in the decoder
+    if tiny is TINY_FLAGS:  # 16 patches, 4 of them and the class token in the encoder, 17 tokens in the decoder
         products = 16 * 192 * 128 + 5 * 4 * 12 * 128 ** 2 + 5 * 128 * 32 + 17 * 12 * 32 ** 2 + 17 * 32 * 192
         attention = 4 * 2 * 5 ** 2 * 128 + 2 * 17 ** 2 * 32
         forward = 2 * 8 * (products + attention) / 1e9
@@ -1684,7 +1693,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @needs_gpu
 @pytest.mark.parametrize("compiled", ["--no-compile", "--compile"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("method, tiny, where", RUNS)
+@pytest.mark.parametrize("method, tiny, where", RUNS + SATELLITE_RUNS)
 def test_steps_on_a_gpu(method, tiny, where, precision, compiled, request, tmp_path, monkeypatch):
     flags = [*tiny, "--device", "cuda", "--precision", precision, compiled, "--out", tmp_path]
     main(monkeypatch, "--data", request.getfixturevalue(where), "--steps", 4, *flags, method=method)
@@ -1713,7 +1722,7 @@ def test_bf16_on_a_gpu_agrees_with_float32_on_a_cpu(kind):
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("method, tiny, where", RUNS)
+@pytest.mark.parametrize("method, tiny, where", RUNS + SATELLITE_RUNS)
 def test_no_step_waits_for_the_gpu(method, tiny, where, precision, request, tmp_path, monkeypatch):
     step_done = common.Log.step_done
 
@@ -1896,17 +1905,87 @@ def test_a_run_with_other_settings_is_not_overwritten(checkpoint, folder, monkey
     assert checkpoint.read_bytes() == before
 
 
-def test_the_commands_of_the_readme_are_understood(monkeypatch):
-    """Scripts, tasks, flags and values; --init is left out, since its files are not here."""
+def readme_commands():
+    """[(method, words)] of the README: in indented lines, between backticks, and of each row of an experiment's table,
+    whose first column has a command in its head and more flags in its rows.
+    """
     text = (HERE / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^    (?:python|torchrun .*?) *(mae|maskfeat|vjepa)\.py(.*?)(?:  #.*)?$", text, re.M)
-    assert len(commands) > 30 and {method for method, _ in commands} == {"mae", "maskfeat", "vjepa"}
-    for method, arguments in commands:
-        words = re.sub(r"--init \S+", "", arguments).split()
+    script = r"(?:python|torchrun [^`]*?)\s+(mae|maskfeat|vjepa)\.py"
+    found = re.findall(rf"^    .*?{script}(.*?)(?:  #.*)?$", text, re.M)
+    found += [(method, flags) for method, flags in re.findall(rf"`{script}([^`]*)`", text) if "--help" not in flags]
+    for method, flags, rows in re.findall(rf"^\| `{script}([^`]*)` \|.*\n\|-.*\n((?:\|.*\n)+)", text, re.M):
+        found += [(method, f"{flags} {row}") for row in re.findall(r"^\| `(--[^`]*)`", rows, re.M)]
+    return [(method, flags.split()) for method, flags in dict.fromkeys(found)]  # each once
+
+
+def test_every_command_of_the_readme_runs(folder, videos, places, tmp_path, monkeypatch, capsys):
+    """Each with its own flags, on a tiny model and a few samples, for one step, in one process."""
+    commands = readme_commands()
+    assert len(commands) > 40 and {method for method, _ in commands} == {"mae", "maskfeat", "vjepa"}
+    monkeypatch.chdir(tmp_path)
+    open_sources = data.open_sources
+
+    def open_short_sources(*arguments, **named):
+        found = open_sources(*arguments, **named)
+        for source in found[:2]:
+            if hasattr(source, "length"):  # it is built in
+                source.length = 45
+        return found
+
+    monkeypatch.setattr(data, "open_sources", open_short_sources)
+    image, clip = next((folder / "test/coffee").glob("*.png")), videos / "val/darker/clip0"
+    stands_for = {"photo.jpg": image, "clip.mp4": clip, "IMAGES": folder, "/shared/runs/mae": "runs/shared"}
+    generator = np.random.default_rng(0)
+    for name in ("train/field", "val/field"):
+        Path("bands", name).mkdir(parents=True)
+        for i in range(3):
+            np.save(Path("bands", name, f"{i}.npy"), generator.random((40, 40, 10)))
+    video, prefix = filled(vit_table(kernel=(2, 8, 8), tokens=128), "module.backbone."), "module.backbone."
+    published = {
+        "mae_pretrain_vit_base.pth": {"model": filled(vit_table())},
+        "mae_visualize_vit_large.pth": {"model": filled(vit_table() | decoder_table())},
+        "mae_finetuned_vit_base.pth": {"model": filled(vit_table(norm="fc_norm") | layer_table("head", 2, 128))},
+        "in1k_VIT_B_MaskFeat_PT_epoch_01600.pyth": {"model_state": filled(
+            vit_table(norm="pred_head.transforms.0.0") | {"mask_token": (1, 1, 128)} | layer_table(
+                "pred_head.projections.0", 27, 128))},
+        "vitl16.pth.tar": {"encoder": video, "target_encoder": video, "predictor": filled(predictor_table(), prefix)},
+        "k400-probe.pth.tar": {"classifier": filled(probe_table(), "module.")}}
+    for name, weights in published.items():
+        torch.save(weights, name)
+    small = {"size": "nano", "image_size": 32, "patch_size": 8, "predictor_depth": 1, "decoder_depth": 1, "steps": 1,
+             "cell": 8, "batch_size": 4, "accumulate": 1, "mask_group": 4, "probe_clips": 4, "workers": 0,
+             "device": "cpu"}
+    for method, words in commands:
         script = {"mae": mae, "maskfeat": maskfeat, "vjepa": vjepa}[method]
-        monkeypatch.setattr(sys, "argv", [f"{method}.py", *words])
-        args = common.parse_command_line(method, None, script.RECIPES, script.FLAGS)
-        assert args.task == (words[0] if words and words[0][0] != "-" else "pretrain")
+        task = words[0] if words and words[0] in script.RECIPES else "pretrain"
+        moving = method == "vjepa" and "--still" not in words or "--frames" in words or "runs/video/last.pt" in words
+        stands_for["DIR"] = "bands" if "--channels" in words else videos if moving else folder
+        words = [str(stands_for.get(word, word)) for word in words]
+        known = common.FLAGS.keys() | script.RECIPES[task].keys()
+        if "--init" in words:  # the model is that of the checkpoint, and so are its decoder and predictor
+            known -= {"size", "patch_size", "predictor_depth", "decoder_depth"}
+        for name, value in small.items():
+            if name in known and not (task == "show" and name == "image_size"):
+                words += [f"--{name.replace('_', '-')}", str(value)]
+        if task != "show" and "--eval-only" not in words and "--benchmark" not in words:
+            words.append("--fresh")  # several commands share the default folder
+        with pytest.raises(SystemExit, match="^0$") if "--benchmark" in words else contextlib.nullcontext():
+            main(monkeypatch, *words, method=script)
+    printed = capsys.readouterr().out
+    assert printed.count("validation") > 20 and printed.count("picture") > 20
+
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    matplotlib = MagicMock()  # a tool of the README, as timm is, and not a dependency
+    matplotlib.pyplot.subplots.return_value = MagicMock(), [MagicMock(), MagicMock(), MagicMock()]
+    for name in ("matplotlib", "matplotlib.pyplot"):
+        monkeypatch.setitem(sys.modules, name, matplotlib)
+    monkeypatch.setitem(sys.modules, "timm", MagicMock())
+    Path("assets").mkdir()
+    found = {"images": torch.randn(2, 3, 32, 32), "clips": torch.randn(2, 3, 8, 32, 32)}
+    for block in blocks:
+        exec(block, found)
+    assert len(found["lines"]) == 1 and found["features"].shape == (2, 128)
+    assert found["trained"](found["images"]).shape == (2, 2)
 
 
 def test_a_wrong_command_exits_with_2_and_no_traceback():

@@ -79,6 +79,7 @@ RECIPES = {
         "flip": (True, True),
         "probe_every": (1000, 300),
         "probe_clips": (1024, 200),
+        "probe_labels": (1.0, 1.0),
     },
     "probe": {
         **MODEL,
@@ -132,6 +133,7 @@ FLAGS = {  # beside those of common.py
     "flip": (bool, "mirror half of the training samples (never with --label motion)"),
     "probe_every": (int, "steps between two looks at the features"),
     "probe_clips": (int, "clips of such a look"),
+    "probe_labels": (float, "share of its training clips that the probe after the training gets"),
     "label": (["photograph", "motion"], "what to classify in the built-in clips"),
     "segments": (int, "clips of each video, whose tokens the probe attends to together"),
     "views": (int, "squares that each clip is cut into for a test, their probabilities averaged"),
@@ -389,10 +391,11 @@ def nearest_neighbours(x, labels, neighbours=10):
 def probe(encoders, train, val, args, device):
     """{what: [accuracy in percent of each encoder]} of ridge regression on `features`.
 
-    With 15 times `probe_clips` of each source.
+    With 15 times `probe_clips` of each source, of which `probe_labels` is the share to train on.
     """
-    (x, y), (x_val, y_val) = (features(encoders, samples, args, device, 15 * args.probe_clips)
-                              for samples in (train, val))
+    clips = 15 * args.probe_clips
+    x, y = features(encoders, train, args, device, max(1, round(args.probe_labels * clips)))
+    x_val, y_val = features(encoders, val, args, device, clips)
     labels, labels_val = by_label(train.source, y), by_label(train.source, y_val)
     return {name: [ridge_probe(one, labels[name], one_val, labels_val[name]) for one, one_val in zip(x, x_val)]
             for name in labels}
