@@ -647,14 +647,14 @@ class Benchmark:
 
     def __init__(self, args, unit):
         self.args, self.unit = args, unit
-        self.counter = FlopCounterMode(display=False)
         torch.compiler.set_stance("force_eager")
-        self.counter.__enter__()
+        self.counting = contextlib.ExitStack()  # open during the first step
+        self.counting.callback(torch.compiler.set_stance, "default")
+        self.counter = self.counting.enter_context(FlopCounterMode(display=False))
 
     def step_done(self, step):
         if step == 1:
-            self.counter.__exit__(None, None, None)
-            torch.compiler.set_stance("default")
+            self.counting.close()
         cuda = torch.cuda.is_available() and self.args.device != "cpu"
         if step in (WARM_STEPS, self.args.steps) and cuda:
             torch.cuda.synchronize()
@@ -768,6 +768,8 @@ class Log:
     def leave(self):
         """End all processes, after a signal with the exit code that a shell gives it."""
         self.close()
+        if self.args.benchmark:
+            self.benchmark.counting.close()
         barrier()  # rank 0 has saved
         if is_rank_0() and self.stopping and not self.args.benchmark:
             print(f"stopped at step {self.step} by {signal.Signals(self.stopping).name}; the same command, without "

@@ -1680,6 +1680,7 @@ def test_benchmark(method, tiny, where, request, tmp_path, monkeypatch, capsys):
         patch.setattr(common.Benchmark, "step_done", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         main(patch, *flags, method=method)
     assert exit.value.code == 143 and not (tmp_path / "run").exists()
+    assert not torch.nn.modules.module._global_forward_pre_hooks  # those of the counter are gone
     if tiny is TINY_FLAGS:  # 16 patches, 4 of them and the class token in the encoder, 17 tokens in the decoder
         products = 16 * 192 * 128 + 5 * 4 * 12 * 128 ** 2 + 5 * 128 * 32 + 17 * 12 * 32 ** 2 + 17 * 32 * 192
         attention = 4 * 2 * 5 ** 2 * 128 + 2 * 17 ** 2 * 32
