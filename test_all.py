@@ -1920,7 +1920,7 @@ def readme_commands():
 
 
 def test_every_command_of_the_readme_runs(folder, videos, places, tmp_path, monkeypatch, capsys):
-    """Each with its own flags, on a tiny model and a few samples, for one step, in one process."""
+    """Each with its own flags, on a tiny model and a few samples, for one step, in one process without torchrun."""
     commands = readme_commands()
     assert len(commands) > 40 and {method for method, _ in commands} == {"mae", "maskfeat", "vjepa"}
     monkeypatch.chdir(tmp_path)
@@ -1982,7 +1982,8 @@ def test_every_command_of_the_readme_runs(folder, videos, places, tmp_path, monk
         monkeypatch.setitem(sys.modules, name, matplotlib)
     monkeypatch.setitem(sys.modules, "timm", MagicMock())
     Path("assets").mkdir()
-    found = {"images": torch.randn(2, 3, 32, 32), "clips": torch.randn(2, 3, 8, 32, 32)}
+    frames = common.read_weights("runs/vjepa/best.pt")[1]["frames"]  # several commands write it
+    found = {"images": torch.randn(2, 3, 32, 32), "clips": torch.randn(2, 3, frames, 32, 32)}
     for block in blocks:
         exec(block, found)
     assert len(found["lines"]) == 1 and found["features"].shape == (2, 128)

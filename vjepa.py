@@ -394,7 +394,7 @@ def probe(encoders, train, val, args, device):
     With 15 times `probe_clips` of each source, of which `probe_labels` is the share to train on.
     """
     clips = 15 * args.probe_clips
-    x, y = features(encoders, train, args, device, max(1, round(args.probe_labels * clips)))
+    x, y = features(encoders, train, args, device, max(2, round(args.probe_labels * clips)))
     x_val, y_val = features(encoders, val, args, device, clips)
     labels, labels_val = by_label(train.source, y), by_label(train.source, y_val)
     return {name: [ridge_probe(one, labels[name], one_val, labels_val[name]) for one, one_val in zip(x, x_val)]
