@@ -406,18 +406,29 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 
 
-class Normalise:
-    """PIL image or any tensor -> float tensor (..., C, H, W): integers scaled to [0, 1], then (x - mean) / std."""
+def normalise(pixels, mean, std):
+    """Integers scaled to [0, 1], then (pixels - mean) / std; mean and std have a shape that fits. -> float32."""
+    largest = 1 if pixels.is_floating_point() else torch.iinfo(pixels.dtype).max
+    # A single copy, in the order (C, H, W) where PIL has (H, W, C), and the rest in place: half the time.
+    pixels = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return pixels.div_(largest).sub_(mean).div_(std)
 
-    def __init__(self, mean, std):
+
+class Normalise:
+    """PIL image or any tensor -> float tensor (..., C, H, W), by `normalise`.
+
+    bytes_later: bytes stay bytes, which `training_loader` normalises on the device: less work and less to move here.
+    """
+
+    def __init__(self, mean, std, bytes_later=False):
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+        self.bytes_later = bytes_later
 
     def __call__(self, image):
         image = image if torch.is_tensor(image) else v2.functional.pil_to_tensor(image)
-        largest = 1 if image.is_floating_point() else torch.iinfo(image.dtype).max
-        # A single copy, in the order (C, H, W) where PIL has (H, W, C), and the rest in place: half the time.
-        image = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        return image.div_(largest).sub_(self.mean).div_(self.std)
+        if self.bytes_later and image.dtype == torch.uint8:
+            return image
+        return normalise(image, self.mean, self.std)
 
 
 def crop_and_flip(image_size, mean, std, scale, flip=True, ratio=(3 / 4, 4 / 3), interpolation=BICUBIC):
@@ -426,16 +437,16 @@ def crop_and_flip(image_size, mean, std, scale, flip=True, ratio=(3 / 4, 4 / 3),
     This and the transforms below draw once for all frames of a clip (T, C, H, W).
     """
     return v2.Compose([v2.RandomResizedCrop(height_and_width(image_size), scale, ratio, interpolation),
-                       v2.RandomHorizontalFlip(0.5 if flip else 0.0), Normalise(mean, std)])
+                       v2.RandomHorizontalFlip(0.5 if flip else 0.0), Normalise(mean, std, bytes_later=True)])
 
 
 def strong_augmentation(image_size, mean, std, randaugment, erasing, flip=True, operations=2):
     """Augmentation of fine-tuning: random crop, flip, RandAugment (magnitude 0 to 10), erasing (a probability)."""
-    crop, flip, normalise = crop_and_flip(image_size, mean, std, (0.08, 1.0), flip).transforms
+    crop, flip, _ = crop_and_flip(image_size, mean, std, (0.08, 1.0), flip).transforms
     # The papers, as timm, count RandAugment's magnitude to 10, torchvision to 30. It is for 1 or 3 channels only.
     fill = [int(255 * value) for value in mean]
     colours = [v2.RandAugment(operations, round(3 * randaugment), interpolation=BILINEAR, fill=fill)]
-    return v2.Compose([crop, flip, *(colours if randaugment and len(mean) in (1, 3) else []), normalise,
+    return v2.Compose([crop, flip, *(colours if randaugment and len(mean) in (1, 3) else []), Normalise(mean, std),
                        v2.RandomErasing(erasing, scale=(0.02, 1 / 3), ratio=(0.3, 3.3), value="random")])
 
 
@@ -600,13 +611,25 @@ def ignore_signals(worker):
 
 
 def training_loader(samples, args, first_step, rank, processes, device):
-    """Batches of this process for the steps from `first_step` to `args.steps`, `args.accumulate` of them a step."""
-    if args.benchmark:  # the same random numbers at every step, on the device already
+    """Batches of this process for the steps from `first_step` to `args.steps`, `args.accumulate` of them a step.
+
+    They are on the device, or on their way to it; what came as bytes is normalised there.
+    """
+    if args.benchmark:  # the same random numbers at every step
         pixels, *rest = default_collate([samples[0, 0]] * (args.batch_size // (args.accumulate * processes)))
-        return itertools.repeat((torch.randn_like(pixels, device=device), *(x.to(device) for x in rest)))
+        return itertools.repeat((torch.randn(pixels.shape, device=device), *(x.to(device) for x in rest)))
+    mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (args.mean, args.std))
+
+    def on_device(batch):
+        pixels, *rest = (x.to(device, non_blocking=True) for x in batch)
+        if pixels.dtype == torch.uint8:
+            images = pixels.ndim == 4  # else clips (B, C, T, H, W), [segments] before C
+            pixels = normalise(pixels, *((mean, std) if images else (mean[..., None], std[..., None])))
+        return pixels, *rest
+
     batches = step_batches(len(samples.source), args, first_step, rank, processes)
-    return DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
-                      worker_init_fn=ignore_signals)
+    return map(on_device, DataLoader(samples, batch_sampler=batches, num_workers=args.workers,
+                                     pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
 
 
 def test_loader(samples, args, device, rank=0, processes=1, limit=None):

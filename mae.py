@@ -489,7 +489,7 @@ def pretrain(args):
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
-    batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
+    batches = data.training_loader(samples, args, first_step, rank, processes, device)
     generator = torch.Generator(device)
     log = Log(args, first_step, "images")
     for step in range(first_step, args.steps):
@@ -502,7 +502,7 @@ def pretrain(args):
         noise = model.noise(args.masking, args.batch_size, args.mask_ratio, generator, device)
         for part in range(args.accumulate):
             rows = data.rows_of_process(args.batch_size, args.accumulate, part, rank, processes)
-            images, _, *dates = (x.to(device, non_blocking=True) for x in next(batches))
+            images, _, *dates = next(batches)
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:
                     loss, _, _ = net(images, args.mask_ratio, noise[rows], *dates)
@@ -629,7 +629,7 @@ def classify(args):
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
-    batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
+    batches = data.training_loader(samples, args, first_step, rank, processes, device)
     log = Log(args, first_step, "images")
     for step in range(first_step, args.steps):
         lr = cosine(step, args.steps, args.warmup * args.steps, args.base_lr * args.batch_size / 256, args.min_lr)
@@ -639,7 +639,7 @@ def classify(args):
         model.train()
         torch.manual_seed(mix_seed(args.seed, step, rank))  # of drop path, MixUp and CutMix
         for part in range(args.accumulate):
-            images, labels, *dates = (x.to(device, non_blocking=True) for x in next(batches))
+            images, labels, *dates = next(batches)
             images, labels = mix(images, labels)
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:

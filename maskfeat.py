@@ -333,7 +333,7 @@ def pretrain(args):
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
-    batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
+    batches = data.training_loader(samples, args, first_step, rank, processes, device)
     generator = torch.Generator(device)
     count = masked_tokens(args.masking, model.grid, args.mask_ratio)
     log = Log(args, first_step, "clips" if args.frames > 1 else "images")
@@ -347,7 +347,7 @@ def pretrain(args):
         mask = MASKINGS[args.masking](args.batch_size, model.grid, args.mask_ratio, generator, device)
         for part in range(args.accumulate):
             rows = data.rows_of_process(args.batch_size, args.accumulate, part, rank, processes)
-            pixels = next(batches)[0].to(device, non_blocking=True)
+            pixels, _ = next(batches)
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:
                     loss, _ = net(pixels, mask[rows], count)
@@ -466,7 +466,7 @@ def finetune(args):
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
-    batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
+    batches = data.training_loader(samples, args, first_step, rank, processes, device)
     log = Log(args, first_step, "clips" if args.frames > 1 else "images")
     for step in range(first_step, args.steps):
         lr = cosine(step, args.steps, args.warmup * args.steps, args.base_lr * args.batch_size / 256, args.min_lr)
@@ -476,8 +476,7 @@ def finetune(args):
         model.train()
         torch.manual_seed(mix_seed(args.seed, step, rank))  # of drop path, MixUp and CutMix
         for part in range(args.accumulate):
-            pixels, labels = (x.to(device, non_blocking=True) for x in next(batches))
-            pixels, labels = mix(pixels, labels)
+            pixels, labels = mix(*next(batches))
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:
                     loss = F.cross_entropy(net(pixels), labels, label_smoothing=args.smoothing)

@@ -325,13 +325,27 @@ def test_augmentation_depends_on_the_seed_alone():
     source = data.Photographs(True)
     augmentation = data.strong_augmentation(32, data.IMAGENET_MEAN, data.IMAGENET_STD, 9, 0.25)
     first = data.Samples(source, augmentation, seed=1)
-    args = _args(batch_size=6, steps=2, accumulate=1, seed=1, workers=0)
+    args = _args(batch_size=6, steps=2, accumulate=1, seed=1, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
     runs = []
     for args.workers in (0, 2):
         torch.manual_seed(args.workers)
         runs.append(torch.cat([x for x, _ in data.training_loader(first, args, 0, 0, 1, torch.device("cpu"))]))
     assert torch.equal(*runs)
     assert not torch.equal(first[0, 5][0], first[0, 6][0])
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_bytes_are_normalised_after_the_loader(frames):
+    """To the bit as in the transform, with the mean and deviation of each channel."""
+    source = data.Photographs(True) if frames == 1 else data.Clips(True, frames)
+    crop, flip, later = data.crop_and_flip(32, data.IMAGENET_MEAN, data.IMAGENET_STD, (0.2, 1.0)).transforms
+    args = _args(batch_size=6, steps=1, accumulate=1, seed=1, workers=0, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
+    batches = []
+    for last, dtype in ((later, torch.uint8), (data.Normalise(args.mean, args.std), torch.float32)):
+        samples = data.Samples(source, data.v2.Compose([crop, flip, last]), seed=1)
+        assert samples[0, 0][0].dtype == dtype
+        batches += [pixels for pixels, _ in data.training_loader(samples, args, 0, 0, 1, torch.device("cpu"))]
+    assert torch.equal(*batches) and batches[0].is_contiguous() and batches[0].dtype == torch.float32
 
 
 def test_training_and_validation_pictures_are_disjoint_regions():

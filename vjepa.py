@@ -479,7 +479,7 @@ def pretrain(args):
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
-    batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
+    batches = data.training_loader(samples, args, first_step, rank, processes, device)
     log = Log(args, first_step, "clips")
     best = max((score(line) for line in log.lines()), default=-1)
     horizon = args.stretch * args.steps  # the schedules are made for a longer run, and cut
@@ -495,7 +495,7 @@ def pretrain(args):
         for part in range(args.accumulate):
             rows = data.rows_of_process(args.batch_size, args.accumulate, part, rank, processes)
             context_ids, target_ids = draw_masks(args, model.encoder.grid, step, rows, device)
-            clips = next(batches)[0].to(device, non_blocking=True)
+            clips, _ = next(batches)
             if args.compile:
                 # The lengths change from step to step: told so, the compiler makes one graph for all of them, instead
                 # of a new one for each.
@@ -685,7 +685,7 @@ def classify(args):
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
-    batches = iter(data.training_loader(samples, args, first_step, rank, processes, device))
+    batches = data.training_loader(samples, args, first_step, rank, processes, device)
     log = Log(args, first_step, "clips")
     for step in range(first_step, args.steps):
         peak = args.base_lr * args.batch_size / 256
@@ -698,7 +698,7 @@ def classify(args):
         model.train()
         torch.manual_seed(mix_seed(args.seed, step, rank))  # of drop path
         for part in range(args.accumulate):
-            clips, labels = (x.to(device, non_blocking=True) for x in next(batches))
+            clips, labels = next(batches)
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:
                     loss = F.cross_entropy(net(clips), labels)
