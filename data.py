@@ -6,6 +6,7 @@ stamps (dates, 3): years since 2002, months and hours from 0. `Samples` adds the
 which samples make up which step. Every draw of a sample has its own seed, so what a step sees depends on (seed, step)
 alone: not on the number of workers or processes, nor on whether the run was interrupted.
 """
+import functools
 import itertools
 import math
 import os
@@ -406,29 +407,25 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 
 
-def normalise(pixels, mean, std):
-    """Integers scaled to [0, 1], then (pixels - mean) / std; mean and std have a shape that fits. -> float32."""
-    largest = 1 if pixels.is_floating_point() else torch.iinfo(pixels.dtype).max
-    # A single copy, in the order (C, H, W) where PIL has (H, W, C), and the rest in place: half the time.
-    pixels = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    return pixels.div_(largest).sub_(mean).div_(std)
-
-
 class Normalise:
-    """PIL image or any tensor -> float tensor (..., C, H, W), by `normalise`.
+    """PIL image or any tensor -> float tensor (..., C, H, W): integers scaled to [0, 1], then (x - mean) / std.
 
-    bytes_later: bytes stay bytes, which `training_loader` normalises on the device: less work and less to move here.
+    clips: the tensors are (..., C, T, H, W). bytes_later: bytes stay bytes, for `training_loader` to normalise.
     """
 
-    def __init__(self, mean, std, bytes_later=False):
-        self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+    def __init__(self, mean, std, clips=False, bytes_later=False, device=None):
+        shape = (-1, 1, 1, 1) if clips else (-1, 1, 1)
+        self.mean, self.std = (torch.tensor(values, device=device).view(shape) for values in (mean, std))
         self.bytes_later = bytes_later
 
     def __call__(self, image):
         image = image if torch.is_tensor(image) else v2.functional.pil_to_tensor(image)
         if self.bytes_later and image.dtype == torch.uint8:
             return image
-        return normalise(image, self.mean, self.std)
+        largest = 1 if image.is_floating_point() else torch.iinfo(image.dtype).max
+        # A single copy, in the order (C, H, W) where PIL has (H, W, C), and the rest in place: half the time.
+        image = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return image.div_(largest).sub_(self.mean).div_(self.std)
 
 
 def crop_and_flip(image_size, mean, std, scale, flip=True, ratio=(3 / 4, 4 / 3), interpolation=BICUBIC):
@@ -610,26 +607,34 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
+def stack(normalise, samples):
+    """A batch of samples. Bytes among them stay bytes, unless other files of the batch have floats: those are normalised
+    already, so bytes are too.
+    """
+    if any(pixels.dtype != torch.uint8 for pixels, *_ in samples):
+        samples = [(normalise(pixels) if pixels.dtype == torch.uint8 else pixels, *rest) for pixels, *rest in samples]
+    return default_collate(samples)
+
+
 def training_loader(samples, args, first_step, rank, processes, device):
     """Batches of this process for the steps from `first_step` to `args.steps`, `args.accumulate` of them a step.
 
-    They are on the device, or on their way to it; what came as bytes is normalised there.
+    They are on the device, or on their way to it. Bytes are normalised there: less work and less to move for workers.
     """
     if args.benchmark:  # the same random numbers at every step
         pixels, *rest = default_collate([samples[0, 0]] * (args.batch_size // (args.accumulate * processes)))
         return itertools.repeat((torch.randn(pixels.shape, device=device), *(x.to(device) for x in rest)))
-    mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (args.mean, args.std))
+    clips = getattr(args, "frames", 1) > 1
+    here, there = (Normalise(args.mean, args.std, clips, device=place) for place in ("cpu", device))
 
     def on_device(batch):
         pixels, *rest = (x.to(device, non_blocking=True) for x in batch)
-        if pixels.dtype == torch.uint8:
-            images = pixels.ndim == 4  # else clips (B, C, T, H, W), [segments] before C
-            pixels = normalise(pixels, *((mean, std) if images else (mean[..., None], std[..., None])))
-        return pixels, *rest
+        return there(pixels) if pixels.dtype == torch.uint8 else pixels, *rest
 
     batches = step_batches(len(samples.source), args, first_step, rank, processes)
     return map(on_device, DataLoader(samples, batch_sampler=batches, num_workers=args.workers,
-                                     pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
+                                     collate_fn=functools.partial(stack, here), pin_memory=device.type == "cuda",
+                                     worker_init_fn=ignore_signals))
 
 
 def test_loader(samples, args, device, rank=0, processes=1, limit=None):

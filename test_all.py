@@ -1,4 +1,4 @@
-"""Every test. `pytest -q test_all.py` takes a few minutes on two CPU cores and needs neither a GPU nor a network."""
+"""Every test. `pytest -q -n 2 test_all.py` takes some minutes on two CPU cores and needs neither a GPU nor a network."""
 import argparse
 import contextlib
 import json
@@ -28,6 +28,7 @@ import mae
 import maskfeat
 import vjepa
 
+torch.set_num_threads(1)  # the processes that share the tests (-n 2) share the cores too
 HERE = Path(__file__).parent
 TINY = dict(size="nano", image_size=32, patch_size=8, decoder_dim=32, decoder_depth=1, decoder_heads=2)
 TINY_FLAGS = ["--recipe", "demo", "--image-size", "32", "--decoder-dim", "32", "--decoder-depth", "1",
@@ -56,7 +57,7 @@ def start(*arguments, processes=None, restarts=0):
                     f"--max-restarts={restarts}"]
     return subprocess.Popen([*command, *map(str, arguments)], cwd=HERE, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1" if processes else "2"})
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def finish(process):
@@ -339,7 +340,8 @@ def test_bytes_are_normalised_after_the_loader(frames):
     """To the bit as in the transform, with the mean and deviation of each channel."""
     source = data.Photographs(True) if frames == 1 else data.Clips(True, frames)
     crop, flip, later = data.crop_and_flip(32, data.IMAGENET_MEAN, data.IMAGENET_STD, (0.2, 1.0)).transforms
-    args = _args(batch_size=6, steps=1, accumulate=1, seed=1, workers=0, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
+    args = _args(batch_size=6, steps=1, accumulate=1, seed=1, workers=0, frames=frames, mean=data.IMAGENET_MEAN,
+                 std=data.IMAGENET_STD)
     batches = []
     for last, dtype in ((later, torch.uint8), (data.Normalise(args.mean, args.std), torch.float32)):
         samples = data.Samples(source, data.v2.Compose([crop, flip, last]), seed=1)
@@ -1315,8 +1317,8 @@ def test_a_collapse_is_noticed(tmp_path, monkeypatch, capsys):
         model.predictor.requires_grad_(False)
         return model
     monkeypatch.setattr(vjepa, "new_model", without_predictor)
-    flags = ["--momentum", 0, "--stretch", 1000, "--steps", 40, "--probe-every", 20, "--probe-clips", 20]
-    main(monkeypatch, *flags, "--base-lr", 1, *VJEPA_FLAGS, "--out", tmp_path / "run", method=vjepa)
+    flags = ["--momentum", 0, "--stretch", 1000, "--steps", 60, "--probe-every", 20, "--probe-clips", 20]
+    main(monkeypatch, *flags, "--base-lr", 4, *VJEPA_FLAGS, "--out", tmp_path / "run", method=vjepa)
     assert "the features collapse" in capsys.readouterr().err
 
 
