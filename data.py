@@ -608,9 +608,7 @@ def ignore_signals(worker):
 
 
 def stack(normalise, samples):
-    """A batch of samples. Bytes among them stay bytes, unless other files of the batch have floats: those are normalised
-    already, so bytes are too.
-    """
+    """A batch of samples. Bytes stay bytes, unless there are floats among them, which are normalised already."""
     if any(pixels.dtype != torch.uint8 for pixels, *_ in samples):
         samples = [(normalise(pixels) if pixels.dtype == torch.uint8 else pixels, *rest) for pixels, *rest in samples]
     return default_collate(samples)

@@ -1,4 +1,4 @@
-"""Every test. `pytest -q -n 2 test_all.py` takes some minutes on two CPU cores and needs neither a GPU nor a network."""
+"""Every test. `pytest -q -n 2 test_all.py` takes minutes on two CPU cores and needs neither a GPU nor a network."""
 import argparse
 import contextlib
 import json
@@ -342,12 +342,16 @@ def test_bytes_are_normalised_after_the_loader(frames):
     crop, flip, later = data.crop_and_flip(32, data.IMAGENET_MEAN, data.IMAGENET_STD, (0.2, 1.0)).transforms
     args = _args(batch_size=6, steps=1, accumulate=1, seed=1, workers=0, frames=frames, mean=data.IMAGENET_MEAN,
                  std=data.IMAGENET_STD)
-    batches = []
-    for last, dtype in ((later, torch.uint8), (data.Normalise(args.mean, args.std), torch.float32)):
+    firsts, batches = [], []
+    for last in (later, data.Normalise(args.mean, args.std)):
         samples = data.Samples(source, data.v2.Compose([crop, flip, last]), seed=1)
-        assert samples[0, 0][0].dtype == dtype
+        firsts.append(samples[0, 0][0])
         batches += [pixels for pixels, _ in data.training_loader(samples, args, 0, 0, 1, torch.device("cpu"))]
+    as_bytes, normalised = firsts
+    assert as_bytes.dtype == torch.uint8 and normalised.dtype == torch.float32
     assert torch.equal(*batches) and batches[0].is_contiguous() and batches[0].dtype == torch.float32
+    mixed, _ = data.stack(data.Normalise(args.mean, args.std, frames > 1), [(as_bytes, 0), (normalised, 0)])
+    assert torch.equal(mixed[0], mixed[1]) and torch.equal(mixed[1], normalised)  # files of both kinds in a batch
 
 
 def test_training_and_validation_pictures_are_disjoint_regions():
