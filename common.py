@@ -514,6 +514,15 @@ def join_processes(device=None):
     return torch.device(device), dist.get_rank(), dist.get_world_size()
 
 
+def leave_processes():
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        # Before PyTorch 2.8 its destructor keeps Python locked while it waits for a thread of gloo, which may wait for
+        # Python to free the tensors of the last operation. Asleep, Python is not locked.
+        time.sleep(0.5)
+        dist.destroy_process_group()
+
+
 def is_rank_0():
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -774,8 +783,7 @@ class Log:
         if is_rank_0() and self.stopping and not self.args.benchmark:
             print(f"stopped at step {self.step} by {signal.Signals(self.stopping).name}; the same command, without "
                   f"--fresh, goes on from {self.args.out}/last.pt", file=sys.stderr)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes()
         sys.exit(128 + self.stopping if self.stopping else 0)
 
 
@@ -896,8 +904,7 @@ def run_main(main):
     """Run a script's `main`; what the user got wrong is one sentence on stderr and exit code 2."""
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # where rank 0 says the same, torchrun ends the others before they repeat it

@@ -1321,7 +1321,7 @@ def test_a_collapse_is_noticed(tmp_path, monkeypatch, capsys):
         model.predictor.requires_grad_(False)
         return model
     monkeypatch.setattr(vjepa, "new_model", without_predictor)
-    flags = ["--momentum", 0, "--stretch", 1000, "--steps", 60, "--probe-every", 20, "--probe-clips", 20]
+    flags = ["--momentum", 0, "--stretch", 1000, "--steps", 120, "--probe-every", 40, "--probe-clips", 20]
     main(monkeypatch, *flags, "--base-lr", 4, *VJEPA_FLAGS, "--out", tmp_path / "run", method=vjepa)
     assert "the features collapse" in capsys.readouterr().err
 
