@@ -858,6 +858,8 @@ def parse_command_line(method, description, recipes, flags):
             if name not in FLAGS and name not in recipes[args.task]:
                 raise UserError(f"{args.task} does not use {written}")
 
+    if not args.init and (args.task == "show" or args.eval_only):
+        raise UserError(f"{args.task}{' --eval-only' * bool(args.eval_only)} needs --init, a checkpoint")
     if args.benchmark:
         if args.task != "pretrain":
             raise UserError("--benchmark is for pretrain")

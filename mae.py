@@ -592,8 +592,6 @@ def new_classifier(args, classes):
 
 def classify(args):
     """The tasks `finetune` (Section 4, Table 9) and `linprobe` (Table 10: the encoder is frozen)."""
-    if args.eval_only and not args.init:
-        raise UserError("--eval-only needs --init, a checkpoint of a classifier")
     device, rank, processes = join_processes(args.device)
     train_source, val_source, classes = open_images(args, labelled=True)
     data.complete(args, train_source, device, processes)
@@ -711,8 +709,6 @@ def save_picture(path, model, samples, args):
 
 def show(args):
     """Write the picture of `save_picture` for --image, or for some images of --data."""
-    if not args.init:
-        raise UserError("show needs --init, a checkpoint of a whole MAE")
     if args.image:
         check_bands(args)
         source = data.Files([(args.image, 0)], args.channels, dates=args.dates)

@@ -431,8 +431,6 @@ def new_classifier(args, classes):
 
 def finetune(args):
     """Classification of images or videos with the whole encoder (mean of the patch tokens, then a linear layer)."""
-    if args.eval_only and not args.init:
-        raise UserError("--eval-only needs --init, a checkpoint of a classifier")
     device, rank, processes = join_processes(args.device)
     train_source, val_source, classes = data.open_sources(args.data, args.channels, True, args.frames, args.stride,
                                                           args.label)
@@ -577,8 +575,6 @@ def draw_hog(values, mask, model, zoom):
 
 def show(args):
     """Write the picture of `save_picture` for --image, or for some samples of --data."""
-    if not args.init:
-        raise UserError("show needs --init, a checkpoint of a whole MaskFeat")
     if args.image:
         source = data.Files([(args.image, 0)], args.channels, args.frames, args.stride)
     else:

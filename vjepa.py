@@ -643,8 +643,6 @@ def new_classifier(args, classes):
 
 def classify(args):
     """`probe`: train the attentive probe on the frozen encoder. `finetune`: train both."""
-    if args.eval_only and not args.init:
-        raise UserError("--eval-only needs --init, a checkpoint of a probe or a classifier")
     if args.classifier and not args.eval_only:
         raise UserError("--classifier is for --eval-only")
     device, rank, processes = join_processes(args.device)
@@ -767,8 +765,6 @@ def save_picture(path, encoder, clip, args):
 
 def show(args):
     """Write the picture of `save_picture` for --image, or for a clip of --data."""
-    if not args.init:
-        raise UserError("show needs --init, a checkpoint of V-JEPA")
     if args.image:
         args.still = Path(args.image).suffix.lower() in data.IMAGE_FILES
         source = data.Files([(args.image, 0)], args.channels, 1 if args.still else args.frames, args.stride)
