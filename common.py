@@ -27,6 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import StochasticDepth
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------- the Vision Transformer
@@ -785,6 +786,16 @@ class Log:
                   f"--fresh, goes on from {self.args.out}/last.pt", file=sys.stderr)
         leave_processes()
         sys.exit(128 + self.stopping if self.stopping else 0)
+
+
+def save_pictures(columns, out, name):
+    """Write columns of pictures (rows, C, H, W) in [0, 1] side by side to DIR/`name`, enlarged to about 224 pixels."""
+    columns = [x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1) for x in columns]
+    columns = [F.interpolate(x.clamp(0, 1), scale_factor=max(1, 224 // x.shape[-1])) for x in columns]
+    path = Path(out, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(make_grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns), padding=4, pad_value=1.0), path)
+    print(f"picture {path}")
 
 
 def size_in_pixels(text):

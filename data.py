@@ -370,6 +370,8 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
     train_list = root if root.is_file() else root / "train.txt"
     if not root.exists():
         raise UserError(f"there is no folder {root}")
+    if not labelled and root.is_file() and root.suffix.lower() in IMAGE_FILES | VIDEO_FILES:  # for `show`
+        return Files([(root, 0)], *kind), None, None
     if train_list.is_file():
         found, classes = read_list(train_list)
         val_list = next((p for p in (root / "val.txt", root / "test.txt") if p.is_file()), None)

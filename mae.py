@@ -22,19 +22,17 @@ It never sees a mask token, which makes it both better and cheaper; the decoder 
     python mae.py --bands 0,1,2/3,4/5 --out runs/bands      SatMAE on scenes of six bands; --dates 3: at three dates
 """
 import math
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
-from torchvision.utils import make_grid, save_image
 
 import data
 from common import (Block, Log, PatchEmbed, UserError, ViT, accuracy, barrier, cosine, grid_of, is_rank_0,
-                    join_processes, load_strictly, make_folder, mix_seed, no_sync, number_of_processes, open_run,
-                    parameter_groups, parse_command_line, patchify, precision_of, read_weights, ridge_probe, run_main,
+                    join_processes, load_strictly, mix_seed, no_sync, number_of_processes, open_run, parameter_groups,
+                    parse_command_line, patchify, precision_of, read_weights, ridge_probe, run_main, save_pictures,
                     save_run, settings_of, sincos_1d, sincos_2d, unpatchify)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below; a dictionary gives values by model size.
@@ -528,9 +526,8 @@ def pretrain(args):
     if is_rank_0():
         view = data.CentreCrop(args.image_size, args.mean, args.std)
         val = data.Samples(val_source or train_source, view, replace=False)
-        path = Path(args.out, "reconstruction.png")
-        save_picture(path, model, val, args)
-        print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl, picture {path}")
+        save_picture(model, val, args)
+        print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
         if classes:
             train = data.Samples(train_source, view, replace=False)
             before, after = (probe(m, train, val, args, device) for m in (new_model(args).to(device), model))
@@ -673,7 +670,7 @@ def classify(args):
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def save_picture(path, model, samples, args):
+def save_picture(model, samples, args):
     """Write a picture of some samples: original, masked, reconstruction with the visible patches pasted in.
 
     Each has a row; with bands or dates a row for each group, whose first three bands are shown as colours, or date.
@@ -701,26 +698,17 @@ def save_picture(path, model, samples, args):
             low, high = row[:, :1].amin((0, 1, 3, 4), keepdim=True), row[:, :1].amax((0, 1, 3, 4), keepdim=True)
             row = (row - low) / (high - low).clamp(min=1e-6)
         rows.append(row[:, :, :3] if row.shape[2] >= 3 else row[:, :, :1].expand(-1, -1, 3, -1, -1))
-    rows = torch.stack(rows, dim=1).flatten(0, 2)
-    zoom = max(1, 160 // rows.shape[-1])
-    rows = F.interpolate(rows.clamp(0, 1), scale_factor=zoom, mode="nearest")
-    save_image(make_grid(rows, nrow=3, padding=4, pad_value=1.0), path)
+    save_pictures(torch.stack(rows, dim=1).flatten(0, 1).unbind(dim=1), args.out, "reconstruction.png")
 
 
 def show(args):
     """Write the picture of `save_picture` for --image, or for some images of --data."""
-    if args.image:
-        check_bands(args)
-        source = data.Files([(args.image, 0)], args.channels, dates=args.dates)
-    else:
-        train_source, val_source, _ = open_images(args, labelled=False)
-        source = val_source or train_source
+    args.data = args.image or args.data
+    train_source, val_source, _ = open_images(args, labelled=False)
+    source = val_source or train_source
     data.complete(args, source, torch.device("cpu"))
     samples = data.Samples(source, data.CentreCrop(args.image_size, args.mean, args.std))
-    model, path = new_model(args), Path(args.out, "reconstruction.png")
-    make_folder(args.out)
-    save_picture(path, model, samples, args)
-    print(f"picture {path}")
+    save_picture(new_model(args), samples, args)
 
 
 def main():

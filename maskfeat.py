@@ -21,7 +21,6 @@ leaves out colour and contrast. It needs no tokenizer, no teacher and no decoder
     python maskfeat.py show --init runs/maskfeat/last.pt --image photo.jpg
 """
 import math
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -29,13 +28,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.functional import pil_to_tensor
-from torchvision.utils import make_grid, save_image
 
 import data
-from common import (Log, UserError, ViT, accuracy, barrier, cosine, describe, grid_of, is_rank_0,
-                    join_processes, load_strictly, make_folder, mix_seed, no_sync, open_run, parameter_groups,
-                    parse_command_line, patchify, precision_of, read_weights, resize_positions, ridge_probe, run_main,
-                    save_run, settings_of, unpatchify)
+from common import (Log, UserError, ViT, accuracy, barrier, cosine, describe, grid_of, is_rank_0, join_processes,
+                    load_strictly, mix_seed, no_sync, open_run, parameter_groups, parse_command_line, patchify,
+                    precision_of, read_weights, resize_positions, ridge_probe, run_main, save_pictures, save_run,
+                    settings_of, unpatchify)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below. A dictionary gives the values for images
 # and videos, or by model size. Video: the published recipe of MViTv2, of which our ViT takes the place.
@@ -372,9 +370,8 @@ def pretrain(args):
 
     if is_rank_0():
         view = data.CentreCrop(args.image_size, args.mean, args.std)
-        path = Path(args.out, "prediction.png")
-        save_picture(path, model, some_of(data.Samples(val_source or train_source, view), args), args)
-        print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl, picture {path}")
+        save_picture(model, data.Samples(val_source or train_source, view), args)
+        print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
         if classes:
             train, val = (data.Samples(source, view, replace=False) for source in (train_source, val_source))
             before, after = (probe(m, train, val, args, device) for m in (new_model(args).to(device), model))
@@ -509,20 +506,15 @@ def finetune(args):
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def some_of(samples, args, images=8):
-    """What a picture shows, (B, C, [T,] H, W): some images, or one clip."""
-    chosen = [samples[i, 0][0] for i in data.evenly(len(samples.source), images if args.frames == 1 else 1)]
-    pixels = torch.stack(chosen)
-    return pixels.flatten(0, 1) if pixels.ndim == 6 else pixels
-
-
-def save_picture(path, model, pixels, args):
-    """Write a picture with a row per image, or per time step of a clip (pixels as in `some_of`).
+def save_picture(model, samples, args):
+    """Write a picture of some images, a row each, or of a clip, with a row per time step.
 
     A row has the original, what is left of it under the mask, the target at all patches, and the prediction at the
     masked patches among the targets of the visible ones. HOG is drawn by `draw_hog`.
     """
-    pixels = pixels.to(model.cls_token.device)
+    chosen = data.evenly(len(samples.source), 8 if args.frames == 1 else 1)
+    pixels = torch.stack([samples[index, 0][0] for index in chosen]).to(model.cls_token.device)
+    pixels = pixels.flatten(0, 1) if pixels.ndim == 6 else pixels  # a single view of each video
     generator = torch.Generator(pixels.device).manual_seed(mix_seed(args.seed))
     mask = MASKINGS[args.masking](len(pixels), model.grid, args.mask_ratio, generator, pixels.device)
     with torch.no_grad():
@@ -535,27 +527,23 @@ def save_picture(path, model, pixels, args):
     grid, mask = model.grid[-2:], mask.reshape(rows, -1)
     hidden = unpatchify(mask[..., None].float().expand(-1, -1, model.patch_size ** 2), model.patch_size, grid).cpu()
     frames = frames.cpu() * torch.tensor(args.std).view(-1, 1, 1) + torch.tensor(args.mean).view(-1, 1, 1)
-    frames = frames[:, :3] if args.channels >= 3 else frames[:, :1].expand(-1, 3, -1, -1)
-    zoom = max(1, 224 // frames.shape[-1])
-    columns = [F.interpolate(x.clamp(0, 1), scale_factor=zoom) for x in (frames, torch.where(hidden > 0, 0.5, frames))]
+    columns = [frames, torch.where(hidden > 0, 0.5, frames)]
     for values in (target, predicted):
         values = values.reshape(rows, *mask.shape[1:], -1).cpu()
         if model.target == "hog":
-            columns.append(torch.stack([draw_hog(v, m, model, zoom) for v, m in zip(values, mask.cpu())]))
+            columns.append(torch.stack([draw_hog(v, m, model) for v, m in zip(values, mask.cpu())]))
         else:
-            shades = 0.5 + 0.2 * unpatchify(values, model.patch_size, grid)
-            shades = shades[:, :3] if args.channels >= 3 else shades[:, :1].expand(-1, 3, -1, -1)
-            columns.append(F.interpolate(shades.clamp(0, 1), scale_factor=zoom))
-    picture = torch.stack(columns, dim=1).flatten(0, 1)
-    save_image(make_grid(picture, nrow=4, padding=4, pad_value=1.0), path)
+            columns.append(0.5 + 0.2 * unpatchify(values, model.patch_size, grid))
+    save_pictures(columns, args.out, "prediction.png")
 
 
-def draw_hog(values, mask, model, zoom):
+def draw_hog(values, mask, model):
     """HOG values (L, K) as a picture (3, H, W): in each cell a stroke along the edge of each bin's direction.
 
     The length of a stroke is the bin's value, averaged over the channels. Masked patches have bright strokes.
     """
-    (rows, columns), n, side = model.grid[-2:], model.patch_size // model.cell, model.cell * zoom
+    (rows, columns), n = model.grid[-2:], model.patch_size // model.cell
+    side = model.cell * max(1, 224 // (columns * model.patch_size))  # of a cell, as `save_pictures` enlarges the others
     cells = values.reshape(rows, columns, -1, 9, n, n).mean(2).permute(0, 3, 1, 4, 2).reshape(rows * n, columns * n, 9)
     bright = mask.reshape(rows, columns).repeat_interleave(n, 0).repeat_interleave(n, 1)
     canvas = Image.new("RGB", (columns * n * side, rows * n * side))
@@ -575,17 +563,12 @@ def draw_hog(values, mask, model, zoom):
 
 def show(args):
     """Write the picture of `save_picture` for --image, or for some samples of --data."""
-    if args.image:
-        source = data.Files([(args.image, 0)], args.channels, args.frames, args.stride)
-    else:
-        train_source, val_source, _ = data.open_sources(args.data, args.channels, False, args.frames, args.stride)
-        source = val_source or train_source
+    args.data = args.image or args.data
+    train_source, val_source, _ = data.open_sources(args.data, args.channels, False, args.frames, args.stride)
+    source = val_source or train_source
     data.complete(args, source, torch.device("cpu"))
     samples = data.Samples(source, data.CentreCrop(args.image_size, args.mean, args.std))
-    model, path = new_model(args), Path(args.out, "prediction.png")
-    make_folder(args.out)
-    save_picture(path, model, some_of(samples, args), args)
-    print(f"picture {path}")
+    save_picture(new_model(args), samples, args)
 
 
 def main():

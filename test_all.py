@@ -1816,8 +1816,8 @@ def unreadable_folder(path):
 
 
 def broken_list(path):
-    (path / "clip.mp4").write_bytes(bytes(range(256)))
-    return path / "clip.mp4"
+    (path / "list.bin").write_bytes(bytes(range(256)))
+    return path / "list.bin"
 
 
 def unknown_class(path):

@@ -32,13 +32,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data
 from common import (MLP, Block, Log, UserError, ViT, accuracy, barrier, cosine, is_rank_0, join_processes,
-                    load_strictly, make_folder, mix_seed, no_sync, open_run, parameter_groups, parse_command_line,
-                    precision_of, read_weights, ridge_probe, run_main, save_run, settings_of, sincos_3d)
+                    load_strictly, mix_seed, no_sync, open_run, parameter_groups, parse_command_line, precision_of,
+                    read_weights, ridge_probe, run_main, save_pictures, save_run, settings_of, sincos_3d)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below.
 MODEL = {
@@ -532,10 +531,9 @@ def pretrain(args):
     log.close()
 
     if is_rank_0():
-        path = Path(args.out, "tokens.png")
-        save_picture(path, model.target_encoder, held_out[len(held_out.source) // 4, 0][0], args)
+        save_picture(model.target_encoder, held_out[len(held_out.source) // 4, 0][0], args)
         also = f", the best {args.out}/best.pt" if classes else ""
-        print(f"checkpoint {args.out}/last.pt{also}, log {args.out}/log.jsonl, picture {path}")
+        print(f"checkpoint {args.out}/last.pt{also}, log {args.out}/log.jsonl")
         if classes:
             train = data.Samples(train_source, view, replace=False)
             encoders = [new_model(args).to(device).target_encoder, model.target_encoder,
@@ -739,7 +737,7 @@ def colours(tokens):
     return ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
 
 
-def save_picture(path, encoder, clip, args):
+def save_picture(encoder, clip, args):
     """Write a picture with a row per time step of a clip ([1,] C, T, H, W).
 
     A row has the first frame of the tubelet, what each mask leaves of it as context (a column per mask), and the
@@ -751,33 +749,25 @@ def save_picture(path, encoder, clip, args):
         tokens = encoder.eval().tokens(clip[None].to(device))[0].float().cpu()[-times * rows * columns:]  # (L, D)
     frames = clip[:, ::args.tubelet].transpose(0, 1).cpu()  # (times, C, H, W)
     frames = frames * torch.tensor(args.std).view(-1, 1, 1) + torch.tensor(args.mean).view(-1, 1, 1)
-    frames = (frames[:, :3] if args.channels >= 3 else frames[:, :1].expand(-1, 3, -1, -1)).clamp(0, 1)
     context_ids, _ = draw_masks(args, encoder.grid, 0, slice(0, 1), "cpu")
     shown = [frames]
     for ids in context_ids:
         seen = torch.zeros(1, times * rows * columns).scatter_(1, ids, 1.0).view(times, 1, rows, columns)
         shown.append(torch.where(F.interpolate(seen, frames.shape[-2:]) > 0, frames, 0.5))
     shown.append(F.interpolate(colours(tokens).T.reshape(3, times, rows, columns).transpose(0, 1), frames.shape[-2:]))
-    zoom = max(1, 224 // frames.shape[-1])
-    picture = F.interpolate(torch.stack(shown, dim=1).flatten(0, 1), scale_factor=zoom)
-    save_image(make_grid(picture, nrow=len(shown), padding=4, pad_value=1.0), path)
+    save_pictures(shown, args.out, "tokens.png")
 
 
 def show(args):
     """Write the picture of `save_picture` for --image, or for a clip of --data."""
     if args.image:
-        args.still = Path(args.image).suffix.lower() in data.IMAGE_FILES
-        source = data.Files([(args.image, 0)], args.channels, 1 if args.still else args.frames, args.stride)
-    else:
-        train_source, val_source, _ = open_clips(args, labelled=False)
-        source = val_source or train_source
+        args.data, args.still = args.image, Path(args.image).suffix.lower() in data.IMAGE_FILES
+    train_source, val_source, _ = open_clips(args, labelled=False)
+    source = val_source or train_source
     data.complete(args, source, torch.device("cpu"))
     view = in_time(data.CentreCrop(args.image_size, args.mean, args.std), args)
     clip = data.Samples(source, view)[len(source) // 4, 0][0]
-    encoder, path = ViT.load(args.init, image_size=args.image_size, frames=args.frames), Path(args.out, "tokens.png")
-    make_folder(args.out)
-    save_picture(path, encoder, clip, args)
-    print(f"picture {path}")
+    save_picture(ViT.load(args.init, image_size=args.image_size, frames=args.frames), clip, args)
 
 
 def main():
