@@ -23,7 +23,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import InterpolationMode, v2
 
-from common import UserError, barrier, height_and_width, is_rank_0, mix_seed, sum_over_processes
+from common import UserError, barrier, height_and_width, is_rank_0, mix_seed, precision_of, sum_over_processes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy", ".npz"}
@@ -644,6 +644,26 @@ def test_loader(samples, args, device, rank=0, processes=1, limit=None):
     batches = [[(index, 0) for index in chosen[i:i + size]] for i in range(0, len(chosen), size)]
     return DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
                       worker_init_fn=ignore_signals)
+
+
+@torch.no_grad()
+def features(encode, samples, args, device, limit):
+    """(encode(pixels), labels (N,)) of up to `limit` samples, evenly taken, on the CPU; without unreadable files."""
+    x, y = [], []
+    for pixels, labels, *dates in test_loader(samples, args, device, limit=limit):
+        pixels = pixels.flatten(0, 1) if pixels.ndim == 6 else pixels  # a single view of each video
+        with precision_of(args, device)[0]:
+            x.append(encode(pixels.to(device), *(stamps.to(device) for stamps in dates)).cpu())
+        y.append(labels)
+    x, y = torch.cat(x), torch.cat(y)
+    return x[y >= 0], y[y >= 0]
+
+
+def by_label(source, labels):
+    """{name: labels}: the built-in clips have two labels, photograph and motion, everything else has one."""
+    if isinstance(source, Clips):
+        return {"photograph": labels // len(source.motions), "motion": labels % len(source.motions)}
+    return {"class": labels}
 
 
 def report_unreadable(source, device):

@@ -541,17 +541,10 @@ def pretrain(args):
 def probe(model, train, val, args, device, limit=3000):
     """Accuracy in percent of ridge regression on the mean of the patch tokens, with up to `limit` images of each."""
 
-    def features(samples):
-        x, y = [], []
-        for images, labels, *dates in data.test_loader(samples, args, device, limit=limit):
-            with torch.no_grad(), precision_of(args, device)[0]:
-                tokens = model.eval().tokens(images.to(device), *(x.to(device) for x in dates))  # (B, 1 + L, D)
-            x.append(tokens[:, 1:].float().mean(dim=1).cpu())
-            y.append(labels)
-        x, y = torch.cat(x), torch.cat(y)
-        return x[y >= 0], y[y >= 0]  # without unreadable files
+    def encode(*images):
+        return model.eval().tokens(*images)[:, 1:].float().mean(dim=1)  # (B, D)
 
-    return ridge_probe(*features(train), *features(val))
+    return ridge_probe(*(x for samples in (train, val) for x in data.features(encode, samples, args, device, limit)))
 
 
 # ----------------------------------------------------------------------------------------------------- classification

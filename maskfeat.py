@@ -377,7 +377,8 @@ def pretrain(args):
             before, after = (probe(m, train, val, args, device) for m in (new_model(args).to(device), model))
             for name in before:
                 print(f"linear probe of the frozen encoder on validation {'clips' if args.frames > 1 else 'images'}"
-                      f"{name}: {before[name]:.1f} % before training, {after[name]:.1f} % after")
+                      f"{'' if name == 'class' else ', ' + name}: {before[name]:.1f} % before training, "
+                      f"{after[name]:.1f} % after")
     barrier()
     for source in (train_source, val_source):
         data.report_unreadable(source, device)
@@ -389,23 +390,13 @@ def probe(model, train, val, args, device, limit=3000):
     The tokens are averaged over space and joined over time. The built-in clips have two labels.
     """
 
-    def features(samples):
-        x, y = [], []
-        for pixels, labels in data.test_loader(samples, args, device, limit=limit):
-            with torch.no_grad(), precision_of(args, device)[0]:
-                pixels = pixels.flatten(0, 1) if pixels.ndim == 6 else pixels  # a single view of each video
-                tokens = model.eval().tokens(pixels.to(device))[:, 1:]  # (B, L, D)
-            x.append(tokens.float().unflatten(1, (-1, math.prod(model.grid[-2:]))).mean(dim=2).flatten(1).cpu())
-            y.append(labels)
-        x, y = torch.cat(x), torch.cat(y)
-        return x[y >= 0], y[y >= 0]  # an unreadable file has the label -1
+    def encode(pixels):
+        tokens = model.eval().tokens(pixels)[:, 1:].float()  # (B, L, D)
+        return tokens.unflatten(1, (-1, math.prod(model.grid[-2:]))).mean(dim=2).flatten(1)
 
-    (x, y), (x_val, y_val) = features(train), features(val)
-    if isinstance(train.source, data.Clips):
-        motions = len(train.source.motions)
-        return {", photograph": ridge_probe(x, y // motions, x_val, y_val // motions),
-                ", motion": ridge_probe(x, y % motions, x_val, y_val % motions)}
-    return {"": ridge_probe(x, y, x_val, y_val)}
+    (x, y), (x_val, y_val) = (data.features(encode, samples, args, device, limit) for samples in (train, val))
+    y, y_val = (data.by_label(train.source, labels) for labels in (y, y_val))
+    return {name: ridge_probe(x, y[name], x_val, y_val[name]) for name in y}
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning

@@ -353,30 +353,18 @@ class VJEPA(nn.Module):
 # ----------------------------------------------------------------------------------------- what the features are worth
 
 
-@torch.no_grad()
 def features(encoders, samples, args, device, limit):
-    """Features of up to `limit` clips, evenly taken: ([(N, times*D) of each encoder], labels (N,)), on the CPU.
+    """Of up to `limit` clips: ([(N, times*D) of each encoder], labels (N,)).
 
-    Tokens are normalised, averaged over space and joined over time. An unreadable file (label -1) is left out.
+    Tokens are normalised, as they are predicted, averaged over space and joined over time.
     """
-    x, y = [[] for _ in encoders], []
-    for clips, labels in data.test_loader(samples, args, device, limit=limit):
-        clips = clips.flatten(0, 1) if clips.ndim == 6 else clips  # one clip of each video
-        for encoder, of_encoder in zip(encoders, x):
-            with precision_of(args, device)[0]:
-                tokens = encoder.eval().tokens(clips.to(device, non_blocking=True))  # (B, L, D)
-            tokens = F.layer_norm(tokens.float(), (encoder.dim,))  # as they are predicted
-            of_encoder.append(tokens.unflatten(1, (encoder.grid[0], -1)).mean(dim=2).flatten(1).cpu())
-        y.append(labels)
-    y = torch.cat(y)
-    return [torch.cat(of_encoder)[y >= 0] for of_encoder in x], y[y >= 0]
+    def encode(clips):
+        tokens = torch.stack([encoder.eval().tokens(clips).float() for encoder in encoders], dim=1)
+        tokens = F.layer_norm(tokens, tokens.shape[-1:])  # (B, encoders, L, D)
+        return tokens.unflatten(2, (encoders[0].grid[0], -1)).mean(dim=3).flatten(2)
 
-
-def by_label(source, labels):
-    """{name: labels}: the built-in clips have two labels, photograph and motion, everything else has one."""
-    if isinstance(source, data.Clips):
-        return {"photograph": labels // len(source.motions), "motion": labels % len(source.motions)}
-    return {"class": labels}
+    x, labels = data.features(encode, samples, args, device, limit)
+    return x.unbind(dim=1), labels
 
 
 def nearest_neighbours(x, labels, neighbours=10):
@@ -395,7 +383,7 @@ def probe(encoders, train, val, args, device):
     clips = 15 * args.probe_clips
     x, y = features(encoders, train, args, device, max(2, round(args.probe_labels * clips)))
     x_val, y_val = features(encoders, val, args, device, clips)
-    labels, labels_val = by_label(train.source, y), by_label(train.source, y_val)
+    labels, labels_val = (data.by_label(train.source, of_source) for of_source in (y, y_val))
     return {name: [ridge_probe(one, labels[name], one_val, labels_val[name]) for one, one_val in zip(x, x_val)]
             for name in labels}
 
@@ -425,7 +413,7 @@ def watch(model, samples, classes, args, device):
     spread, rank = spread_and_rank(x)
     found = {"spread": spread, "rank": rank}
     if classes:
-        for name, of_name in by_label(samples.source, labels).items():
+        for name, of_name in data.by_label(samples.source, labels).items():
             found[f"knn_{name}"] = nearest_neighbours(x, of_name)
     if spread < 0.1 or rank < 2:  # a healthy run has a spread of 0.4 and more
         tqdm.write(f"warning: the features collapse (spread {spread:.3f}, effective rank {rank:.1f}): all clips look "
