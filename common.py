@@ -836,6 +836,22 @@ FLAGS = {  # of all three scripts: type (a list names the choices), help
     "weight_decay": (float, "of AdamW"),
     "clip_grad": (float, "largest L2 norm of the gradient (default: no limit)"),
 }
+TASK_FLAGS = {  # of those tasks, in any of the scripts, whose recipes name them
+    "frames": (int, "of a clip; 1 means images, except in vjepa.py"),
+    "tubelet": (int, "frames that one token spans"),
+    "stride": (int, "frames of a video from one frame of the clip to the next"),
+    "min_lr": (float, "learning rate at the end of the schedule"),
+    "flip": (bool, "mirror half of the training samples (never with --label motion)"),
+    "label": (["photograph", "motion"], "what to classify in the built-in clips"),
+    "layer_decay": (float, "factor on the learning rate from one block to the block below"),
+    "drop_path": (float, "chance to skip a branch of the last block; rises linearly from the first"),
+    "randaugment": (float, "magnitude of RandAugment, 0 to 10"),
+    "erasing": (float, "probability of random erasing"),
+    "mixup": (float, "alpha of MixUp"),
+    "cutmix": (float, "alpha of CutMix"),
+    "smoothing": (float, "label smoothing"),
+    "eval_only": (bool, "only test the classifier in --init"),
+}
 
 
 def parse_command_line(method, description, recipes, flags):
@@ -843,7 +859,8 @@ def parse_command_line(method, description, recipes, flags):
     the value by model size, or for "image" and "video"; flags: the method's own, as in FLAGS. What --init holds about
     the model comes before the recipe, and a flag before both.
     """
-    flags = {**FLAGS, **flags}
+    used = set().union(*recipes.values())
+    flags = {**FLAGS, **{name: flag for name, flag in TASK_FLAGS.items() if name in used}, **flags}
     parser = argparse.ArgumentParser(f"{method}.py", usage="%(prog)s [task] [flags]", description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("task", nargs="?", default="pretrain", choices=recipes, help="(default: pretrain)")

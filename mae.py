@@ -119,16 +119,7 @@ FLAGS = {  # beside those of common.py
     "bands": (str, "groups of channels with tokens of their own, such as 0,1,2/3,4 (SatMAE)"),
     "dates": (int, "images of each place, at different times, with tokens of their own (SatMAE)"),
     "consistent": (bool, "hide the same places in all groups of bands, or at all dates"),
-    "min_lr": (float, "learning rate at the end"),
     "pool": (["class", "mean"], "what the classifier reads: the class token, or the mean of the patch tokens"),
-    "layer_decay": (float, "factor on the learning rate from one block to the block below"),
-    "drop_path": (float, "chance to skip a branch of the last block; rises linearly from the first"),
-    "randaugment": (float, "magnitude of RandAugment, 0 to 10"),
-    "erasing": (float, "probability of random erasing"),
-    "mixup": (float, "alpha of MixUp"),
-    "cutmix": (float, "alpha of CutMix"),
-    "smoothing": (float, "label smoothing"),
-    "eval_only": (bool, "only test the classifier in --init"),
     "image": (str, "photograph for show (default: some of --data)"),
 }
 

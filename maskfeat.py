@@ -95,25 +95,11 @@ RECIPES = {
     },
 }
 FLAGS = {  # beside those of common.py
-    "frames": (int, "of a clip; 1 means images"),
-    "tubelet": (int, "frames that one token spans"),
-    "stride": (int, "frames of a video from one frame of the clip to the next"),
     "target": (["hog", "pixels"], "what is predicted; pixels are normalised by each patch's own mean and deviation"),
     "cell": (int, "side of a cell of HOG, pixels; a patch holds whole cells"),
     "masking": (["block", "cube", "tube", "frame", "random"], "block is for images; cube, tube and frame for clips"),
     "mask_ratio": (float, "share of the patches that are masked"),
-    "min_lr": (float, "learning rate at the end"),
-    "flip": (bool, "mirror half of the training samples (never with --label motion)"),
-    "label": (["photograph", "motion"], "what to classify in the built-in clips"),
     "views": (int, "clips of each video in the last test, their logits averaged; the tests before take one"),
-    "layer_decay": (float, "factor on the learning rate from one block to the block below"),
-    "drop_path": (float, "chance to skip a branch of the last block; rises linearly from the first"),
-    "randaugment": (float, "magnitude of RandAugment, 0 to 10"),
-    "erasing": (float, "probability of random erasing"),
-    "mixup": (float, "alpha of MixUp"),
-    "cutmix": (float, "alpha of CutMix"),
-    "smoothing": (float, "label smoothing"),
-    "eval_only": (bool, "only test the classifier in --init"),
     "image": (str, "photograph, video or folder of frames for show (default: some of --data)"),
 }
 

@@ -112,9 +112,6 @@ RECIPES["finetune"] = {  # ours: the published code has none
 }
 RECIPES["show"] = {**MODEL, **MASKING, "image": (None, None)}
 FLAGS = {  # beside those of common.py
-    "frames": (int, "of a clip"),
-    "tubelet": (int, "frames that one token spans"),
-    "stride": (int, "frames of a video from one frame of the clip to the next"),
     "still": (bool, "the data are images, each of which is repeated in time"),
     "masking": (["multiblock", "block", "tube"], "what is hidden over all time: many small blocks and few large ones "
                 "(two masks), one block, or random places"),
@@ -125,22 +122,14 @@ FLAGS = {  # beside those of common.py
     "predictor_dim": (int, "width of the predictor"),
     "predictor_depth": (int, "blocks of the predictor"),
     "start_lr": (float, "share of the learning rate at which the warm-up starts"),
-    "min_lr": (float, "learning rate at the end of the schedule"),
     "final_weight_decay": (float, "of AdamW at the end of the schedule; --weight-decay is that at its start"),
     "momentum": (float, "of the y-encoder at the start; it rises to 1 at the end of the schedule"),
     "stretch": (float, "length of the schedules over that of the training, which cuts them off"),
-    "flip": (bool, "mirror half of the training samples (never with --label motion)"),
     "probe_every": (int, "steps between two looks at the features"),
     "probe_clips": (int, "clips of such a look"),
     "probe_labels": (float, "share of its training clips that the probe after the training gets"),
-    "label": (["photograph", "motion"], "what to classify in the built-in clips"),
     "segments": (int, "clips of each video, whose tokens the probe attends to together"),
     "views": (int, "squares that each clip is cut into for a test, their probabilities averaged"),
-    "layer_decay": (float, "factor on the learning rate from one block to the block below"),
-    "drop_path": (float, "chance to skip a branch of the last block; rises linearly from the first"),
-    "randaugment": (float, "magnitude of RandAugment, 0 to 10"),
-    "erasing": (float, "probability of random erasing"),
-    "eval_only": (bool, "only test the classifier in --init"),
     "classifier": (str, "published attentive probe to test with the encoder in --init"),
     "image": (str, "video, folder of frames or photograph for show (default: a clip of --data)"),
 }
