@@ -430,7 +430,7 @@ def make_folder(path):
         raise UserError(f"the folder --out {path} cannot be made: {error.strerror}") from None
 
 
-def open_run(args, settings, model, optimizer, scaler):
+def open_run(args, model, optimizer, scaler):
     """Make the folder --out ready, go on with the run in it if there is one, and return the step to start from.
 
     A broken last.pt is put aside as last.broken.pt and previous.pt is used. A folder with a run of other settings is
@@ -438,6 +438,7 @@ def open_run(args, settings, model, optimizer, scaler):
     """
     if args.benchmark:
         return 0
+    settings = settings_of(args)
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         args.fresh = False  # torchrun has started it again after a crash
     out, first_step, broken = Path(args.out), 0, False
@@ -724,13 +725,15 @@ class Log:
         return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
 
     def step_done(self):
-        """Count a step, and set `stopping` to the signal that any of the processes got: all stop at the same step."""
+        """Count a step: is the log `due`, is it `saving`, and `stopping`, by a signal to any of the processes?"""
         self.step += 1
         self.bar.update()
         stopping = torch.tensor(self.signal)  # on the CPU, so no GPU is waited for
         if dist.is_initialized():
             dist.all_reduce(stopping, dist.ReduceOp.MAX)
         self.stopping = int(stopping)
+        self.saving = self.stopping or self.step % self.args.save_every == 0 or self.step == self.args.steps
+        self.due = self.saving or self.step % self.args.log_every == 0
         if self.args.benchmark:
             self.benchmark.step_done(self.step)
             if self.stopping or self.step == self.args.steps:
@@ -767,6 +770,13 @@ class Log:
                 raise UserError(f"{self.file} could not be written ({error.strerror})") from None
             for name, value in values.items() if self.board else ():
                 self.board.add_scalar(name, value, self.step)
+
+    def save_or_leave(self, model, optimizer, scaler):
+        """At the end of a step: save the run where it is due, and end it after a signal."""
+        if self.saving:
+            save_run(self.args, settings_of(self.args), self.step, model, optimizer, scaler)
+        if self.stopping:
+            self.leave()
 
     def close(self):
         self.bar.close()

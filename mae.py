@@ -33,7 +33,7 @@ import data
 from common import (Block, Log, PatchEmbed, UserError, ViT, accuracy, barrier, cosine, grid_of, is_rank_0,
                     join_processes, load_strictly, mix_seed, no_sync, number_of_processes, open_run, parameter_groups,
                     parse_command_line, patchify, precision_of, read_weights, ridge_probe, run_main, save_pictures,
-                    save_run, settings_of, sincos_1d, sincos_2d, unpatchify)
+                    sincos_1d, sincos_2d, unpatchify)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below; a dictionary gives values by model size.
 MODEL = {
@@ -473,8 +473,7 @@ def pretrain(args):
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     autocast, scaler = precision_of(args, device)
-    settings = settings_of(args)
-    first_step = open_run(args, settings, model, optimizer, scaler)
+    first_step = open_run(args, model, optimizer, scaler)
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
@@ -505,13 +504,9 @@ def pretrain(args):
         optimizer.zero_grad(set_to_none=True)
 
         log.step_done()
-        saving = log.stopping or log.step % args.save_every == 0 or log.step == args.steps
-        if saving or log.step % args.log_every == 0:
+        if log.due:
             log.write(loss=log.mean_loss(lr, scaler), lr=lr)  # stops the run before it saves, if it is not finite
-        if saving:
-            save_run(args, settings, log.step, model, optimizer, scaler)
-        if log.stopping:
-            log.leave()
+        log.save_or_leave(model, optimizer, scaler)
     log.close()
 
     if is_rank_0():
@@ -603,8 +598,7 @@ def classify(args):
         groups = parameter_groups(model, args.weight_decay)
         optimizer = torch.optim.SGD(groups, lr=args.base_lr, momentum=0.9, fused=True)
         mix = data.mix_up_and_cut_mix(len(classes), 0, 0)
-    settings = settings_of(args)
-    first_step = open_run(args, settings, model, optimizer, scaler)
+    first_step = open_run(args, model, optimizer, scaler)
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
@@ -636,13 +630,9 @@ def classify(args):
         tested = {}
         if log.step % max(1, len(train_source) // args.batch_size) == 0 or log.step == args.steps:  # each epoch
             tested["top1"], tested["top5"] = accuracy(model, val_batches, device, autocast)
-        saving = log.stopping or log.step % args.save_every == 0 or log.step == args.steps
-        if tested or saving or log.step % args.log_every == 0:
+        if tested or log.due:
             log.write(loss=log.mean_loss(lr, scaler), lr=lr, **tested)
-        if saving:
-            save_run(args, settings, log.step, model, optimizer, scaler)
-        if log.stopping:
-            log.leave()
+        log.save_or_leave(model, optimizer, scaler)
     log.close()
     for source in (train_source, val_source):
         data.report_unreadable(source, device)

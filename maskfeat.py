@@ -32,8 +32,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import data
 from common import (Log, UserError, ViT, accuracy, barrier, cosine, describe, grid_of, is_rank_0, join_processes,
                     load_strictly, mix_seed, no_sync, open_run, parameter_groups, parse_command_line, patchify,
-                    precision_of, read_weights, resize_positions, ridge_probe, run_main, save_pictures, save_run,
-                    settings_of, unpatchify)
+                    precision_of, read_weights, resize_positions, ridge_probe, run_main, save_pictures, unpatchify)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below. A dictionary gives the values for images
 # and videos, or by model size. Video: the published recipe of MViTv2, of which our ViT takes the place.
@@ -312,8 +311,7 @@ def pretrain(args):
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
     autocast, scaler = precision_of(args, device)
-    settings = settings_of(args)
-    first_step = open_run(args, settings, model, optimizer, scaler)
+    first_step = open_run(args, model, optimizer, scaler)
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
@@ -345,13 +343,9 @@ def pretrain(args):
         optimizer.zero_grad(set_to_none=True)
 
         log.step_done()
-        saving = log.stopping or log.step % args.save_every == 0 or log.step == args.steps
-        if saving or log.step % args.log_every == 0:
+        if log.due:
             log.write(loss=log.mean_loss(lr, scaler), lr=lr)  # stops the run before it saves, if it is not finite
-        if saving:
-            save_run(args, settings, log.step, model, optimizer, scaler)
-        if log.stopping:
-            log.leave()
+        log.save_or_leave(model, optimizer, scaler)
     log.close()
 
     if is_rank_0():
@@ -433,8 +427,7 @@ def finetune(args):
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
     mix = data.mix_up_and_cut_mix(len(classes), args.mixup, args.cutmix)
-    settings = settings_of(args)
-    first_step = open_run(args, settings, model, optimizer, scaler)
+    first_step = open_run(args, model, optimizer, scaler)
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
@@ -465,13 +458,9 @@ def finetune(args):
         tested = {}
         if log.step % max(1, len(train_source) // args.batch_size) == 0 or log.step == args.steps:  # each epoch
             tested["top1"], tested["top5"] = test(args.views if log.step == args.steps else 1)
-        saving = log.stopping or log.step % args.save_every == 0 or log.step == args.steps
-        if tested or saving or log.step % args.log_every == 0:
+        if tested or log.due:
             log.write(loss=log.mean_loss(lr, scaler), lr=lr, **tested)
-        if saving:
-            save_run(args, settings, log.step, model, optimizer, scaler)
-        if log.stopping:
-            log.leave()
+        log.save_or_leave(model, optimizer, scaler)
     log.close()
     for source in (train_source, val_source):
         data.report_unreadable(source, device)

@@ -449,8 +449,7 @@ def pretrain(args):
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
     autocast, scaler = precision_of(args, device)
-    settings = settings_of(args)
-    first_step = open_run(args, settings, model, optimizer, scaler)
+    first_step = open_run(args, model, optimizer, scaler)
     # One module for both networks. The y-encoder needs no gradient, so DDP only copies it once, at the start.
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net
@@ -493,18 +492,14 @@ def pretrain(args):
 
         log.step_done()
         probing = log.step % args.probe_every == 0 or log.step == args.steps
-        saving = log.stopping or log.step % args.save_every == 0 or log.step == args.steps
-        if probing or saving or log.step % args.log_every == 0:
+        if probing or log.due:
             loss = log.mean_loss(lr, scaler)  # stops the run before it saves, if it is not finite
             found = watch(model, held_out, classes, args, device) if probing and is_rank_0() else {}
             log.write(loss=loss, lr=lr, momentum=momentum, **found)
             if score(found) > best:
                 best = score(found)
-                save_run(args, settings, log.step, model, optimizer, scaler, "best.pt")
-        if saving:
-            save_run(args, settings, log.step, model, optimizer, scaler)
-        if log.stopping:
-            log.leave()
+                save_run(args, settings_of(args), log.step, model, optimizer, scaler, "best.pt")
+        log.save_or_leave(model, optimizer, scaler)
     log.close()
 
     if is_rank_0():
@@ -653,8 +648,7 @@ def classify(args):
 
     groups = parameter_groups(model, args.weight_decay, args.layer_decay or 1.0)
     optimizer = torch.optim.AdamW(groups, fused=True)
-    settings = settings_of(args)
-    first_step = open_run(args, settings, model, optimizer, scaler)
+    first_step = open_run(args, model, optimizer, scaler)
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
@@ -688,13 +682,9 @@ def classify(args):
         tested = {}
         if log.step % max(1, len(train_source) // args.batch_size) == 0 or log.step == args.steps:  # each epoch
             tested["top1"], tested["top5"] = test()
-        saving = log.stopping or log.step % args.save_every == 0 or log.step == args.steps
-        if tested or saving or log.step % args.log_every == 0:
+        if tested or log.due:
             log.write(loss=log.mean_loss(lr, scaler), lr=lr, **tested)
-        if saving:
-            save_run(args, settings, log.step, model, optimizer, scaler)
-        if log.stopping:
-            log.leave()
+        log.save_or_leave(model, optimizer, scaler)
     log.close()
     for source in (train_source, val_source):
         data.report_unreadable(source, device)
