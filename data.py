@@ -175,13 +175,6 @@ class Files(Dataset):
             pixels = read_image(self.path(index), self.channels)
         return pixels, int(self.labels[index])
 
-    def blank(self):
-        """What takes the place of an unreadable file in a test, with the label -1."""
-        if self.dates > 1:
-            return torch.zeros(self.dates, self.channels, 32, 32), -1, torch.zeros(self.dates, 3)
-        clips = () if self.frames == 1 else (self.frames,) if self.views is None else (self.views, self.frames)
-        return torch.zeros(*clips, self.channels, 32, 32, dtype=torch.uint8), -1
-
     def path(self, index):
         return os.fsdecode(self.names[index])
 
@@ -535,8 +528,8 @@ class Samples(Dataset):
     """A source with its augmentation: (index, position) -> (image (C, H, W) or clip ([views,] C, T, H, W), label).
 
     Augmentation and time of a clip are seeded by (seed, position), where position is the place of the draw in the whole
-    run. Unreadable files are named once and counted by their source. With `replace` the next readable one takes their
-    place; without, as in a test, which must not count a sample twice, they give zeros with the label -1.
+    run. Unreadable files are named once and counted by their source. The next readable one takes their place; without
+    `replace`, as in a test, which must not count a sample twice, with the label -1.
     """
 
     def __init__(self, source, transform, seed=0, replace=True):
@@ -559,12 +552,11 @@ class Samples(Dataset):
         index, position = item
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, position))
-            sample = self.read(index)
-            while sample is None and self.replace:
-                index = (index + 1) % len(self.source)
-                sample = self.read(index)
-            pixels, label, *dates = sample or self.source.blank()
-            pixels = self.transform(pixels)
+            readable = index
+            while (sample := self.read(readable)) is None:
+                readable = (readable + 1) % len(self.source)
+            pixels, label, *dates = sample
+            pixels, label = self.transform(pixels), label if self.replace or readable == index else -1
         return (pixels.transpose(-4, -3) if pixels.ndim > 3 else pixels), label, *dates
 
 
