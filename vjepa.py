@@ -197,18 +197,6 @@ MASKS = {  # (blocks, share of the frame that a block takes) of each mask of a c
 }
 
 
-def check_masks(args, grid):
-    """Raise a UserError if the masks would leave nothing to predict."""
-    places = grid[1] * grid[2]
-    all_times = not args.context_frames or args.context_frames // args.tubelet >= grid[0]
-    for _, scale in MASKS[args.masking]:
-        scale = scale or args.mask_ratio
-        hidden = places - max(1, int(places * (1 - scale))) if args.masking == "tube" else int(places * scale)
-        if hidden < 1 and all_times:
-            raise UserError(f"--masking {args.masking} hides none of the {places} patches of a frame: the image is too "
-                            "small for its blocks, or --mask-ratio too low")
-
-
 def draw_masks(args, grid, step, rows, device):
     """The masks of some rows (a slice) of a step's batch: ([context_ids, ...], [target_ids, ...]), an entry per mask.
 
@@ -418,7 +406,9 @@ def new_model(args):
     torch.manual_seed(args.seed)
     model = VJEPA(args.size, args.image_size, args.patch_size, args.channels, args.frames, args.tubelet,
                   args.predictor_dim, args.predictor_depth, len(MASKS[args.masking]), args.target)
-    check_masks(args, model.encoder.grid)
+    if not all(ids.numel() for ids in draw_masks(args, model.encoder.grid, 0, slice(0, 1), "cpu")[1]):
+        raise UserError(f"--masking {args.masking} hides none of the {math.prod(model.encoder.grid[1:])} patches of a "
+                        "frame: the image is too small for its blocks, or --mask-ratio too low")
     if args.init:
         load_strictly(model, read_weights(args.init)[0], args.init)
     return model
