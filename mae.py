@@ -45,17 +45,20 @@ MODEL = {
     "log_every": (50, 10),
     "save_every": (1000, 200),
 }
+AUTOENCODER = {
+    "decoder_dim": (512, 64),
+    "decoder_depth": (8, 1),
+    "decoder_heads": (16, 2),
+    "masking": ("random", "random"),
+    "mask_ratio": (0.75, 0.75),
+    "norm_pix_loss": (True, True),
+    "encode_mask_tokens": (False, False),
+    "consistent": (False, False),
+}
 RECIPES = {
     "pretrain": {  # Table 8
         **MODEL,
-        "decoder_dim": (512, 64),
-        "decoder_depth": (8, 1),
-        "decoder_heads": (16, 2),
-        "masking": ("random", "random"),
-        "mask_ratio": (0.75, 0.75),
-        "norm_pix_loss": (True, True),
-        "encode_mask_tokens": (False, False),
-        "consistent": (False, False),
+        **AUTOENCODER,
         "steps": (None, 700),
         "epochs": (800, None),
         "batch_size": (4096, 64),
@@ -93,20 +96,8 @@ RECIPES = {
         "smoothing": (0.0, 0.0),
         "eval_only": (False, False),
     },
-    "show": {  # for published files: those with a decoder were trained on plain pixels. Ours know their own values
-        "size": ("base", "base"),
-        "image": (None, None),
-        "decoder_dim": (512, 512),
-        "decoder_depth": (8, 8),
-        "decoder_heads": (16, 16),
-        "masking": ("random", "random"),
-        "mask_ratio": (0.75, 0.75),
-        "norm_pix_loss": (False, False),
-        "encode_mask_tokens": (False, False),
-        "bands": (None, None),
-        "dates": (1, 1),
-        "consistent": (False, False),
-    },
+    # The published files with a decoder were trained on plain pixels; ours know their own values.
+    "show": {**MODEL, **AUTOENCODER, "norm_pix_loss": (False, False), "image": (None, None)},
 }
 FLAGS = {  # beside those of common.py
     "decoder_dim": (int, "width of the decoder"),
