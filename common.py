@@ -468,9 +468,7 @@ def open_run(args, model, optimizer, scaler):
                   "optimizer stay the same; sums round differently, and what is drawn by process (drop path, MixUp, "
                   "CutMix) differs", file=sys.stderr)
     make_folder(out)
-    device = next(model.parameters()).device
-    steps = sum_over_processes(torch.tensor([first_step, 1], device=device)).tolist()
-    if steps[0] != first_step * steps[1]:
+    if sum_over_processes(torch.tensor(first_step)) != first_step * number_of_processes():
         raise UserError(f"not all processes see the same {out}/last.pt: --out must be a folder that all machines share")
     if is_rank_0():
         for path in (out / "last.pt", out / "previous.pt", out / "best.pt") if args.fresh else ():

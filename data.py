@@ -658,12 +658,14 @@ def by_label(source, labels):
     return {"class": labels}
 
 
-def report_unreadable(source, device):
-    """Say how many files of a source could not be read so far, in all processes together."""
-    if isinstance(source, Files):
-        unreadable = sum_over_processes(source.unreadable.to(device, torch.int32)) > 0
-        if is_rank_0() and unreadable.any():
-            print(f"{int(unreadable.sum())} of {len(source)} files could not be read and were skipped", file=sys.stderr)
+def report_unreadable(*sources):
+    """Wait for all processes, and say how many files of each source they could not read so far, together."""
+    barrier()
+    for source in sources:
+        if isinstance(source, Files):
+            bad = int((sum_over_processes(source.unreadable.int()) > 0).sum())
+            if is_rank_0() and bad:
+                print(f"{bad} of {len(source)} files could not be read and were skipped", file=sys.stderr)
 
 
 def complete(args, source, device, processes=1):

@@ -30,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
 import data
-from common import (Block, Log, PatchEmbed, UserError, ViT, accuracy, barrier, cosine, grid_of, is_rank_0,
-                    join_processes, load_strictly, mix_seed, no_sync, number_of_processes, open_run, parameter_groups,
+from common import (Block, Log, PatchEmbed, UserError, ViT, accuracy, cosine, grid_of, is_rank_0, join_processes,
+                    load_strictly, mix_seed, no_sync, number_of_processes, open_run, parameter_groups,
                     parse_command_line, patchify, precision_of, read_weights, ridge_probe, run_main, save_pictures,
                     sincos_1d, sincos_2d, unpatchify)
 
@@ -510,9 +510,7 @@ def pretrain(args):
             before, after = (probe(m, train, val, args, device) for m in (new_model(args).to(device), model))
             print(f"linear probe of the frozen encoder on validation images: {before:.1f} % before training, "
                   f"{after:.1f} % after")
-    barrier()
-    for source in (train_source, val_source):
-        data.report_unreadable(source, device)
+    data.report_unreadable(train_source, val_source)
 
 
 def probe(model, train, val, args, device, limit=3000):
@@ -578,7 +576,7 @@ def classify(args):
         top1, top5 = accuracy(model, val_batches, device, autocast)
         if is_rank_0():
             print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(val_source)} validation images")
-        data.report_unreadable(val_source, device)
+        data.report_unreadable(val_source)
         return
 
     if args.task == "finetune":
@@ -625,8 +623,7 @@ def classify(args):
             log.write(loss=log.mean_loss(lr, scaler), lr=lr, **tested)
         log.save_or_leave(model, optimizer, scaler)
     log.close()
-    for source in (train_source, val_source):
-        data.report_unreadable(source, device)
+    data.report_unreadable(train_source, val_source)
     if is_rank_0() and first_step < args.steps:
         print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl\n"
               f"top-1 {tested['top1']:.2f} %, top-5 {tested['top5']:.2f} % of {len(val_source)} validation images")

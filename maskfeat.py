@@ -30,9 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.functional import pil_to_tensor
 
 import data
-from common import (Log, UserError, ViT, accuracy, barrier, cosine, describe, grid_of, is_rank_0, join_processes,
-                    load_strictly, mix_seed, no_sync, open_run, parameter_groups, parse_command_line, patchify,
-                    precision_of, read_weights, resize_positions, ridge_probe, run_main, save_pictures, unpatchify)
+from common import (Log, UserError, ViT, accuracy, cosine, describe, grid_of, is_rank_0, join_processes, load_strictly,
+                    mix_seed, no_sync, open_run, parameter_groups, parse_command_line, patchify, precision_of,
+                    read_weights, resize_positions, ridge_probe, run_main, save_pictures, unpatchify)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below. A dictionary gives the values for images
 # and videos, or by model size. Video: the published recipe of MViTv2, of which our ViT takes the place.
@@ -359,9 +359,7 @@ def pretrain(args):
                 print(f"linear probe of the frozen encoder on validation {'clips' if args.frames > 1 else 'images'}"
                       f"{'' if name == 'class' else ', ' + name}: {before[name]:.1f} % before training, "
                       f"{after[name]:.1f} % after")
-    barrier()
-    for source in (train_source, val_source):
-        data.report_unreadable(source, device)
+    data.report_unreadable(train_source, val_source)
 
 
 def probe(model, train, val, args, device, limit=3000):
@@ -421,7 +419,7 @@ def finetune(args):
         top1, top5 = test(args.views)
         if is_rank_0():
             print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(val_source)} validation samples")
-        data.report_unreadable(val_source, device)
+        data.report_unreadable(val_source)
         return
 
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
@@ -462,8 +460,7 @@ def finetune(args):
             log.write(loss=log.mean_loss(lr, scaler), lr=lr, **tested)
         log.save_or_leave(model, optimizer, scaler)
     log.close()
-    for source in (train_source, val_source):
-        data.report_unreadable(source, device)
+    data.report_unreadable(train_source, val_source)
     if is_rank_0() and first_step < args.steps:
         print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl\n"
               f"top-1 {tested['top1']:.2f} %, top-5 {tested['top5']:.2f} % of {len(val_source)} validation samples")

@@ -380,7 +380,7 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_of_tests(tmp_pa
     assert train[1, 0][0].max().item() == pytest.approx(2 / 255)
     assert test[1, 0][1] == -1 and test[2, 0][1] == 0
     train[1, 1]
-    data.report_unreadable(source, torch.device("cpu"))
+    data.report_unreadable(source)
     error = capsys.readouterr().err
     assert error.count("skipped, since") == 1 and "1 of 3 files" in error
 

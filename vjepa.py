@@ -35,9 +35,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from common import (MLP, Block, Log, UserError, ViT, accuracy, barrier, cosine, is_rank_0, join_processes,
-                    load_strictly, mix_seed, no_sync, open_run, parameter_groups, parse_command_line, precision_of,
-                    read_weights, ridge_probe, run_main, save_pictures, save_run, settings_of, sincos_3d)
+from common import (MLP, Block, Log, UserError, ViT, accuracy, cosine, is_rank_0, join_processes, load_strictly,
+                    mix_seed, no_sync, open_run, parameter_groups, parse_command_line, precision_of, read_weights,
+                    ridge_probe, run_main, save_pictures, save_run, settings_of, sincos_3d)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below.
 MODEL = {
@@ -503,9 +503,7 @@ def pretrain(args):
             for name, found in probe(encoders, train, held_out, args, device).items():
                 print("probe of the frozen encoder on validation clips, {}: {:.1f} % before training, {:.1f} % after, "
                       "{:.1f} % in best.pt".format(name, *found))
-    barrier()
-    for source in (train_source, val_source):
-        data.report_unreadable(source, device)
+    data.report_unreadable(train_source, val_source)
 
 
 # ----------------------------------------------------------------------------------------------- probe and fine-tuning
@@ -633,7 +631,7 @@ def classify(args):
         top1, top5 = test()
         if is_rank_0():
             print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(val_source)} validation samples")
-        data.report_unreadable(val_source, device)
+        data.report_unreadable(val_source)
         return
 
     groups = parameter_groups(model, args.weight_decay, args.layer_decay or 1.0)
@@ -676,8 +674,7 @@ def classify(args):
             log.write(loss=log.mean_loss(lr, scaler), lr=lr, **tested)
         log.save_or_leave(model, optimizer, scaler)
     log.close()
-    for source in (train_source, val_source):
-        data.report_unreadable(source, device)
+    data.report_unreadable(train_source, val_source)
     if is_rank_0() and first_step < args.steps:
         print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl\n"
               f"top-1 {tested['top1']:.2f} %, top-5 {tested['top5']:.2f} % of {len(val_source)} validation samples")
