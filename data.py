@@ -208,22 +208,17 @@ def read_list(path, classes=None):
         lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise UserError(f"{path} is neither a folder nor a list of paths") from None
-    pairs = [line.rsplit(maxsplit=1) for line in lines]
-    known = IMAGE_FILES | VIDEO_FILES
-    if not all(len(pair) == 2 and Path(pair[1]).suffix.lower() not in known for pair in pairs):  # paths alone
-        pairs, names = [(line, None) for line in lines], [None]
-    else:
-        names = sorted({name for _, name in pairs}, key=lambda name: (int(name) if name.isdecimal() else -1, name))
     if not lines:
         raise UserError(f"{path} is empty")
-    if classes and names == [None]:
-        raise UserError(f"{path} needs lines of `path label`")
-    unknown = [name for name in names if classes and name not in classes]
-    if unknown:
-        raise UserError(f"{path} has the label {unknown[0]}, which the training list lacks")
-    number = {name: label for label, name in enumerate(classes or names)}
-    found = [(str(Path(path).parent / name), number[label]) for name, label in pairs]
-    return found, None if names == [None] else classes or names
+    folder, pairs, known = Path(path).parent, [line.rsplit(maxsplit=1) for line in lines], IMAGE_FILES | VIDEO_FILES
+    if not all(len(pair) == 2 and Path(pair[1]).suffix.lower() not in known for pair in pairs):  # paths alone
+        return [(str(folder / line), 0) for line in lines], None
+    names = {name for _, name in pairs}
+    classes = classes or sorted(names, key=lambda name: (int(name) if name.isdecimal() else -1, name))
+    if names - set(classes):
+        raise UserError(f"{path} has the label {min(names - set(classes))}, which the training list lacks")
+    number = {name: label for label, name in enumerate(classes)}
+    return [(str(folder / name), number[label]) for name, label in pairs], classes
 
 
 def read_image(path, channels=3):
@@ -368,17 +363,10 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
     if train_list.is_file():
         found, classes = read_list(train_list)
         val_list = next((p for p in (root / "val.txt", root / "test.txt") if p.is_file()), None)
-        if labelled and (classes is None or val_list is None):
-            raise UserError(f"{train_list} needs lines of `path label`, and a list val.txt (or test.txt) beside it "
-                            "in a folder that --data names")
-        val = None
-        if classes and val_list:
-            try:
-                val = Files(read_list(val_list, classes)[0], *kind)
-            except UserError:  # a list without labels, or with other ones
-                if labelled:
-                    raise
-        train = Files(found, *kind)
+        val_found, val_classes = read_list(val_list, classes) if classes and val_list else (None, None)
+        if labelled and not val_classes:
+            raise UserError(f"{root} needs the lists train.txt and val.txt (or test.txt), of lines of `path label`")
+        train, val = Files(found, *kind), Files(val_found, *kind) if val_classes else None
     else:
         train = root / "train" if (root / "train").is_dir() else root
         val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
