@@ -231,7 +231,11 @@ def read_image(path, channels=3):
                 raise ValueError("it claims a size that could be a decompression bomb")
             array = array[array.files[0]]
     elif suffix in (".tif", ".tiff") and channels not in (1, 3):
-        array = read_tiff(path)
+        from tifffile import TiffFile  # scikit-image's reader
+        with TiffFile(path) as file:
+            if math.prod(file.series[0].shape) > 16 * Image.MAX_IMAGE_PIXELS:
+                raise ValueError("it claims a size that could be a decompression bomb")
+            array = file.asarray()
         if array.ndim == 3 and array.shape[2] != channels:  # a page for each channel
             array = array.transpose(1, 2, 0)
     else:
@@ -248,15 +252,6 @@ def read_image(path, channels=3):
     if not np.isfinite(array).all():
         raise ValueError("it has values that are not finite")
     return torch.from_numpy((array / scale).astype(np.float32)).permute(2, 0, 1)
-
-
-def read_tiff(path):
-    """An array of all pages and channels of the first series of a TIFF file, by scikit-image's reader."""
-    from tifffile import TiffFile
-    with TiffFile(path) as file:
-        if math.prod(file.series[0].shape) > 16 * Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"it claims the shape {file.series[0].shape}, which could be a decompression bomb")
-        return file.asarray()
 
 
 def read_series(folder, dates, channels, chosen_at_random):
