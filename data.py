@@ -435,7 +435,7 @@ class CentreCrop:
         self.size, self.normalise = height_and_width(image_size), Normalise(mean, std)
 
     def __call__(self, image):
-        height, width = image.shape[-2:] if torch.is_tensor(image) else image.size[::-1]
+        height, width = v2.functional.get_size(image)
         if (height, width) != self.size:
             factor = max(self.size[0] / height, self.size[1] / width) / 0.875
             larger = [max(side, round(factor * old)) for side, old in zip(self.size, (height, width))]
@@ -444,19 +444,18 @@ class CentreCrop:
         return self.normalise(image)
 
 
-class SpatialViews:
+class SpatialViews(CentreCrop):
     """`views` squares evenly along the longer side, each as large as the shorter side: [..., T, C, H, W] ->
-    (views, [...,] T, C, size, size). A single view is that of `CentreCrop`.
+    (views, [...,] T, C, size, size). A single view is that of `CentreCrop`, also of a PIL image.
     """
 
     def __init__(self, image_size, mean, std, views):
-        self.size, self.views = height_and_width(image_size), views
-        self.normalise, self.centre_crop = Normalise(mean, std), CentreCrop(image_size, mean, std)
+        super().__init__(image_size, mean, std)
+        self.views = views
 
     def __call__(self, image):
-        image = image if torch.is_tensor(image) else v2.functional.pil_to_tensor(image)
         if self.views == 1:
-            return self.centre_crop(image)[None]
+            return super().__call__(image)[None]
         factor = max(self.size[0] / image.shape[-2], self.size[1] / image.shape[-1])
         larger = [max(side, round(factor * old)) for side, old in zip(self.size, image.shape[-2:])]
         image = self.normalise(v2.functional.resize(image, larger, BILINEAR))
