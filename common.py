@@ -464,9 +464,8 @@ def open_run(args, model, optimizer, scaler):
             scaler.load_state_dict(checkpoint["scaler"])
         first_step, before, now = checkpoint["step"], checkpoint["processes"], number_of_processes()
         if before != now and is_rank_0():
-            print(f"so far {before} processes made this run, now {now}: batch, data order, crops, schedule and "
-                  "optimizer stay the same; sums round differently, and what is drawn by process (drop path, MixUp, "
-                  "CutMix) differs", file=sys.stderr)
+            print(f"so far {before} processes made this run, now {now}: sums round differently, and drop path, MixUp "
+                  "and CutMix are drawn by process", file=sys.stderr)
     make_folder(out)
     if sum_over_processes(torch.tensor(first_step)) != first_step * number_of_processes():
         raise UserError(f"not all processes see the same {out}/last.pt: --out must be a folder that all machines share")
@@ -487,9 +486,6 @@ def open_run(args, model, optimizer, scaler):
 # -------------------------------------------------------------------------------------------------- processes, seeds
 
 
-PATIENCE = datetime.timedelta(minutes=30)  # the others wait for rank 0 while it draws the picture and runs the probe
-
-
 def join_processes(device=None):
     """Join the process group that torchrun's environment describes, or stay alone. Returns (device, rank, processes).
 
@@ -504,7 +500,8 @@ def join_processes(device=None):
     store, rank, processes = next(dist.rendezvous("env://"))
     # When torchrun starts all processes again after a crash, the store still has the addresses of the dead ones.
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    named = {"store": store, "rank": rank, "world_size": processes, "timeout": PATIENCE}
+    patience = datetime.timedelta(minutes=30)  # while rank 0 draws the picture and runs the probe
+    named = {"store": store, "rank": rank, "world_size": processes, "timeout": patience}
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
@@ -656,9 +653,8 @@ class Benchmark:
 
     def __init__(self, args, unit):
         self.args, self.unit = args, unit
-        torch.compiler.set_stance("force_eager")
         self.counting = contextlib.ExitStack()  # open during the first step
-        self.counting.callback(torch.compiler.set_stance, "default")
+        self.counting.enter_context(torch.compiler.set_stance("force_eager"))
         self.counter = self.counting.enter_context(FlopCounterMode(display=False))
 
     def step_done(self, step):

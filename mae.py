@@ -461,8 +461,7 @@ def pretrain(args):
     samples = data.Samples(train_source, augmentation, args.seed)
 
     model = new_model(args).to(device)
-    groups = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
     autocast, scaler = precision_of(args, device)
     first_step = open_run(args, model, optimizer, scaler)
     net = DistributedDataParallel(model) if processes > 1 else model
@@ -582,11 +581,10 @@ def classify(args):
     if args.task == "finetune":
         groups = parameter_groups(model, args.weight_decay, args.layer_decay, no_decay=("cls_token", "pos_embed"))
         optimizer = torch.optim.AdamW(groups, fused=True)
-        mix = data.mix_up_and_cut_mix(len(classes), args.mixup, args.cutmix)
     else:
         groups = parameter_groups(model, args.weight_decay)
         optimizer = torch.optim.SGD(groups, lr=args.base_lr, momentum=0.9, fused=True)
-        mix = data.mix_up_and_cut_mix(len(classes), 0, 0)
+    mix = data.mix_up_and_cut_mix(len(classes), args.mixup or 0, args.cutmix or 0)
     first_step = open_run(args, model, optimizer, scaler)
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net

@@ -308,8 +308,7 @@ def pretrain(args):
     samples = data.Samples(train_source, augmentation, args.seed)
 
     model = new_model(args).to(device)
-    groups = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=True)
     autocast, scaler = precision_of(args, device)
     first_step = open_run(args, model, optimizer, scaler)
     net = DistributedDataParallel(model) if processes > 1 else model
@@ -422,8 +421,7 @@ def finetune(args):
         data.report_unreadable(val_source)
         return
 
-    groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.layer_decay), fused=True)
     mix = data.mix_up_and_cut_mix(len(classes), args.mixup, args.cutmix)
     first_step = open_run(args, model, optimizer, scaler)
     net = DistributedDataParallel(model) if processes > 1 else model

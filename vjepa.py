@@ -436,8 +436,7 @@ def pretrain(args):
     held_out = data.Samples(val_source or train_source, view, replace=False)
 
     model = new_model(args).to(device)
-    groups = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=True)
     autocast, scaler = precision_of(args, device)
     first_step = open_run(args, model, optimizer, scaler)
     # One module for both networks. The y-encoder needs no gradient, so DDP only copies it once, at the start.
