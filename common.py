@@ -822,8 +822,8 @@ FLAGS = {  # of all three scripts: type (a list names the choices), help
     "workers": (int, "data loading processes per GPU (default: the CPU cores, 16 at most)"),
     "seed": (int, "of everything random (default: 0)"),
     "benchmark": (int, "only time so many training steps, on random tensors, and print a line of JSON"),
-    "log_every": (int, "steps between two lines of log.jsonl"),
-    "save_every": (int, "steps between two checkpoints"),
+    "log_every": (int, "steps between two lines of log.jsonl (default: 50, in the demo 20)"),
+    "save_every": (int, "steps between two checkpoints (default: 1000, in the demo 300)"),
     "size": (list(SIZES), "of the encoder"),
     "image_size": (size_in_pixels, "pixels, a number or HEIGHTxWIDTH"),
     "patch_size": (int, "side of a patch, pixels"),
@@ -897,7 +897,9 @@ def parse_command_line(method, description, recipes, flags):
             raise UserError("--benchmark is for pretrain")
         args.steps = WARM_STEPS + args.benchmark
         args.log_every = args.save_every = args.probe_every = sys.maxsize
+    demo = (args.recipe or ("paper" if args.data else "demo")) == "demo"
     values = {"seed": 0, "channels": 3, "accumulate": 1, "fresh": False, "measure": False,
+              "log_every": 20 if demo else 50, "save_every": 300 if demo else 1000,
               "out": f"runs/{method}" + (f"-{args.task}" if args.task != "pretrain" else "")}
     if args.steps is None and args.epochs is not None:
         values["steps"] = None
@@ -921,11 +923,10 @@ def parse_command_line(method, description, recipes, flags):
                    and (name in settings or name == "context_frames")}
         if not settings:
             values |= {name: recipes[args.task][name][0] for name in kept if name in recipes[args.task]}
-    column = (args.recipe or ("paper" if args.data else "demo")) == "demo"
-    size = args.size or values.get("size") or recipes[args.task]["size"][column]
+    size = args.size or values.get("size") or recipes[args.task]["size"][demo]
     video = (getattr(args, "frames", None) or values.get("frames", 1)) > 1
     for name, recipe in recipes[args.task].items():
-        values.setdefault(name, recipe[column])
+        values.setdefault(name, recipe[demo])
     for name, value in values.items():
         while isinstance(value, dict):
             value = value["video" if video else "image"] if "image" in value else value.get(size, value["base"])

@@ -42,8 +42,6 @@ MODEL = {
     "patch_size": ({"base": 16, "large": 16, "huge": 14}, 8),
     "bands": (None, None),
     "dates": (1, 1),
-    "log_every": (50, 10),
-    "save_every": (1000, 200),
 }
 AUTOENCODER = {
     "decoder_dim": (512, 64),

@@ -43,8 +43,6 @@ MODEL = {
     "frames": (1, 1),
     "tubelet": ({"image": 1, "video": 2}, {"image": 1, "video": 2}),
     "stride": (4, 4),
-    "log_every": (50, 20),
-    "save_every": (1000, 400),
 }
 RECIPES = {
     "pretrain": {

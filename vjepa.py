@@ -48,8 +48,6 @@ MODEL = {
     "tubelet": (2, 2),
     "stride": (4, 8),
     "still": (False, False),
-    "log_every": (50, 20),
-    "save_every": (1000, 300),
 }
 MASKING = {
     "masking": ("multiblock", "tube"),
