@@ -173,10 +173,7 @@ def tube_mask(batch, grid, ratio, generator, device, context_times=None):
 
 
 def over_time(context, times, context_times=None):
-    """Context places (batch, rows*columns) bool -> (context_ids, target_ids), each cut to the shortest of the batch.
-
-    The lengths become shapes: on a GPU this would wait for it.
-    """
+    """Context places (batch, rows*columns) bool -> (context_ids, target_ids), each cut to the shortest of the batch."""
     early = torch.arange(times, device=context.device) < (context_times or times)
     context = (context[:, None] & early[:, None]).flatten(1)  # (batch, L)
     pair = []
@@ -198,11 +195,9 @@ MASKS = {  # (blocks, share of the frame that a block takes) of each mask of a c
 def draw_masks(args, grid, step, rows, device):
     """The masks of some rows (a slice) of a step's batch: ([context_ids, ...], [target_ids, ...]), an entry per mask.
 
-    The sizes of blocks depend on (seed, step) alone, so all processes share them. Places are drawn for a whole group of
-    `mask_group` clips, and cut to the shortest of the group: the published code does so for the 24 clips of a GPU. As
-    long as a group holds whole passes, the number of processes and passes does not change the masks.
-
-    They are drawn on the CPU, which knows the lengths of the lists without waiting for the GPU.
+    The sizes of blocks depend on (seed, step) alone. Places are drawn for a group of `mask_group` clips, and cut to the
+    shortest of the group, as the published code does for the 24 clips of a GPU. While a group holds whole passes, the
+    number of processes and passes does not change the masks. The lengths become shapes: a GPU would be waited for.
     """
     share = rows.stop - rows.start
     size = max(share, args.mask_group // share * share)  # a group holds whole shares
