@@ -796,10 +796,10 @@ def save_pictures(columns, out, name):
     """Write columns of pictures (rows, C, H, W) in [0, 1] side by side to DIR/`name`, enlarged to about 224 pixels."""
     columns = [x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1) for x in columns]
     columns = [F.interpolate(x.clamp(0, 1), scale_factor=max(1, 224 // x.shape[-1])) for x in columns]
-    path = Path(out, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(make_grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns), padding=4, pad_value=1.0), path)
-    print(f"picture {path}")
+    make_folder(out)
+    picture = make_grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns), padding=4, pad_value=1.0)
+    save_image(picture, Path(out, name))
+    print(f"picture {Path(out, name)}")
 
 
 def size_in_pixels(text):
