@@ -495,6 +495,7 @@ def join_processes(device=None):
                         "mps" if torch.backends.mps.is_available() else "cpu")
     if not {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device, lambda: True)():
         raise UserError(f"this machine has no device {device}")
+    torch.backends.cudnn.allow_tf32 = False  # with --precision fp32, convolutions too are in float32
     if "RANK" not in os.environ:
         return torch.device(device), 0, 1
     store, rank, processes = next(dist.rendezvous("env://"))
@@ -548,7 +549,8 @@ def mix_seed(*numbers):
 def precision_of(args, device):
     """(autocast context, GradScaler) for --precision: by default bf16 if the GPU has it, else fp16; fp32 on a CPU."""
     if args.precision is None:
-        args.precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        args.precision = "fp32" if device.type != "cuda" else \
+            "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -641,14 +643,16 @@ def ridge_probe(train_features, train_labels, features, labels, penalty=1e-4):
 
 
 WARM_STEPS = 5  # of a benchmark
-PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}  # dense bf16, from NVIDIA's data sheets
+PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12,  # dense bf16, from NVIDIA's data sheets
+              "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
 
 
 class Benchmark:
     """Times the steps of the training loop after `WARM_STEPS` and prints one line of JSON.
 
-    The floating-point operations of the matrix products and of attention, forward and backward, are counted in the
-    first step, without torch.compile. The memory is that of the device, or on a CPU of the whole process.
+    The floating-point operations of the matrix products and of attention, forward and backward (with its scores
+    computed once more), are counted in the first step, without torch.compile. The memory is that of the device, or on a
+    CPU of the whole process.
     """
 
     def __init__(self, args, unit):
@@ -671,7 +675,7 @@ class Benchmark:
             seconds = (time.perf_counter() - self.start) / self.args.benchmark
             flops = self.counter.get_total_flops() * number_of_processes()
             device = torch.cuda.get_device_name() if cuda and self.args.precision != "fp32" else ""
-            peak = [value * number_of_processes() for name, value in PEAK_FLOPS.items() if name in device]
+            peak = PEAK_FLOPS.get(device, 0) * number_of_processes()
             if cuda:
                 memory = torch.cuda.max_memory_allocated()
             else:
@@ -681,7 +685,7 @@ class Benchmark:
                 print(json.dumps({
                     f"{self.unit}_per_second": round(self.args.batch_size / seconds, 2),
                     "ms_per_step": round(1000 * seconds, 2), "gflop_per_step": round(flops / 1e9, 3),
-                    "mfu": round(flops / seconds / peak[0], 3) if peak else None,
+                    "mfu": round(flops / seconds / peak, 3) if peak else None,
                     "peak_memory_gib": round(memory / 2 ** 30, 2), "precision": self.args.precision,
                     "compile": self.args.compile, "processes": number_of_processes()}))
 

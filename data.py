@@ -622,15 +622,16 @@ def test_loader(samples, args, device, rank=0, processes=1, limit=None):
 
 @torch.no_grad()
 def features(encode, samples, args, device, limit):
-    """(encode(pixels), labels (N,)) of up to `limit` samples, evenly taken, on the CPU; without unreadable files."""
+    """(encode(pixels), labels (N,)) of up to `limit` samples, evenly taken, without unreadable files."""
     x, y = [], []
     for pixels, labels, *dates in test_loader(samples, args, device, limit=limit):
         pixels = pixels.flatten(0, 1) if pixels.ndim == 6 else pixels  # a single view of each video
         with precision_of(args, device)[0]:
-            x.append(encode(pixels.to(device), *(stamps.to(device) for stamps in dates)).cpu())
+            x.append(encode(pixels.to(device), *(stamps.to(device) for stamps in dates)))
         y.append(labels)
     x, y = torch.cat(x), torch.cat(y)
-    return x[y >= 0], y[y >= 0]
+    x = x.cpu() if device.type == "mps" else x  # a probe computes in float64, which MPS does not have
+    return x[y >= 0], y[y >= 0].to(x.device)
 
 
 def by_label(source, labels):

@@ -193,23 +193,24 @@ def lay_blocks(batch, grid, count, least, most, generator, device):
     masked, which may be less than `least`. Its aspect is 0.3 to 1/0.3. A block that would mask too much is dropped;
     what the tries leave open is filled with single tokens.
     """
-    times, rows, columns = grid
-    time, row, column = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
+    place = torch.stack(torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))[:, None]
+    size = place.amax((2, 3, 4), keepdim=True) + 1  # of the grid in each of the 3 dimensions, (3, 1, 1, 1, 1)
     masked = torch.zeros(batch, *grid, dtype=torch.bool, device=device)
     left = torch.full((batch, 1, 1, 1), count, device=device)  # still to be masked
-    for _ in range(64):
-        u = torch.rand(6, batch, 1, 1, 1, generator=generator, device=device)
-        area = least + u[0] * ((left if most is None else most) - least)
-        aspect = torch.exp((2 * u[1] - 1) * math.log(1 / 0.3))
-        height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        duration = 1 + (u[2] * times).floor()
-        top, start = (u[3] * (rows - height + 1)).floor(), (u[4] * (columns - width + 1)).floor()
-        first = (u[5] * (times - duration + 1)).floor()
-        new = ((row >= top) & (row < top + height) & (column >= start) & (column < start + width)
-               & (time >= first) & (time < first + duration) & ~masked)
-        new &= (height < rows) & (width < columns) & (new.sum((1, 2, 3), keepdim=True) <= left)
-        masked |= new
-        left -= new.sum((1, 2, 3), keepdim=True)
+    u = torch.rand(64, 6, batch, 1, 1, 1, generator=generator, device=device)  # for 64 tries
+    aspect = torch.exp((2 * u[:, 1] - 1) * math.log(1 / 0.3))
+    duration = 1 + (u[:, 2:3] * grid[0]).floor()
+    where = torch.cat([u[:, 5:], u[:, 3:5]], dim=1)  # in time, row and column
+    for i in range(64):
+        area = least + u[i, 0] * ((left if most is None else most) - least)
+        sides = torch.stack([area * aspect[i], area / aspect[i]]).sqrt().round()  # height and width
+        block = torch.cat([duration[i], sides])  # (3, B, 1, 1, 1)
+        corner = (where[i] * (size - block + 1)).floor()
+        new = ((place >= corner) & (place < corner + block)).all(dim=0) & ~masked
+        tokens = new.sum((1, 2, 3), keepdim=True)
+        fits = (tokens <= left) & (sides < size[1:]).all(dim=0)
+        masked |= new & fits
+        left -= tokens * fits
     noise = torch.rand(batch, math.prod(grid), generator=generator, device=device)
     return largest(masked.flatten(1) + noise, count)
 

@@ -1760,6 +1760,41 @@ def test_no_step_waits_for_the_gpu(method, tiny, where, precision, request, tmp_
         torch.cuda.set_sync_debug_mode("default")
 
 
+CLASSIFIERS = [(mae, FINETUNE_FLAGS), (mae, ["linprobe", *FINETUNE_FLAGS[1:-6]]), (maskfeat, FINETUNE_FLAGS),
+               (vjepa, ["probe", "--still", "--frames", "4", "--patch-size", "8", *FINETUNE_FLAGS[1:-6]])]
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", ["--no-compile", "--compile"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("method, flags", CLASSIFIERS)
+def test_classifiers_on_a_gpu(method, flags, precision, compiled, folder, tmp_path, monkeypatch, capsys):
+    flags = [*flags, "--device", "cuda", "--precision", precision, compiled, "--data", folder, "--out", tmp_path]
+    main(monkeypatch, *flags, "--steps", 3, method=method)
+    assert np.isfinite(losses(tmp_path)).all() and "top-1 " in capsys.readouterr().out
+
+
+@needs_gpu
+def test_torchrun_on_a_gpu_goes_on(folder, tmp_path):
+    command = ["mae.py", *TINY_FLAGS, "--device", "cuda", "--data", folder, "--out", tmp_path]
+    command += ["--steps", 4, "--save-every", 2]
+    done = run(*command, processes=1)
+    assert done.returncode == 0, done.stderr
+    whole = losses(tmp_path)
+    (tmp_path / "last.pt").unlink()  # what is left, previous.pt, is of step 2
+    done = run(*command, processes=1)
+    assert done.returncode == 0 and "step 2 of 4" in done.stdout, done.stderr
+    assert losses(tmp_path) == pytest.approx(whole, rel=0.01)
+
+
+@needs_gpu
+def test_hog_on_a_gpu_is_that_on_a_cpu():
+    images = photographs()
+    with torch.autocast("cuda", torch.bfloat16):
+        found = maskfeat.hog(images.cuda()).cpu()
+    assert ((found - maskfeat.hog(images)).abs() > 1e-5).float().mean() < 1e-3
+
+
 def test_the_demo_of_vjepa_does_not_collapse(tmp_path):
     """A part of the demo: no warning, as long as the loss falls; the whole one is in the README."""
     flags = ["--steps", 60, "--log-every", 5, "--probe-every", 30, "--probe-clips", 30, "--device", "cpu"]

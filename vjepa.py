@@ -214,7 +214,9 @@ def draw_masks(args, grid, step, rows, device):
             block = block_size(grid, scale, of_step)
             pair = multiblock_mask(size, grid, blocks, block, generator, "cpu", context_times)
         for ids, chosen in zip((context_ids, target_ids), pair):
-            ids.append(chosen[rows.start - group * size:rows.stop - group * size].to(device, non_blocking=True))
+            chosen = chosen[rows.start - group * size:rows.stop - group * size]
+            chosen = chosen.pin_memory() if torch.device(device).type == "cuda" else chosen  # else the copy may wait
+            ids.append(chosen.to(device, non_blocking=True))
     return context_ids, target_ids
 
 
