@@ -352,7 +352,7 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
     root, kind, kinds = Path(data), (channels, frames, stride, dates), (frames > 1, dates > 1)
     train_list = root if root.is_file() else root / "train.txt"
     if not root.exists():
-        raise UserError(f"there is no folder {root}")
+        raise UserError(f"there is no file or folder {root}")
     if not labelled and root.is_file() and root.suffix.lower() in IMAGE_FILES | VIDEO_FILES:  # for `show`
         return Files([(root, 0)], *kind), None, None
     if train_list.is_file():

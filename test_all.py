@@ -1863,7 +1863,7 @@ def unknown_class(path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--data", "nowhere"], "there is no folder nowhere"),
+    (["--data", "nowhere"], "there is no file or folder nowhere"),
     (["--data", empty_folder], "no image below"),
     (["--data", unreadable_folder], "none of the files can be read"),
     (["finetune", "--data", empty_folder], "needs the folders train/"),
@@ -2047,4 +2047,4 @@ def test_every_command_of_the_readme_runs(folder, videos, places, tmp_path, monk
 
 def test_a_wrong_command_exits_with_2_and_no_traceback():
     done = run("mae.py", "--data", "nowhere")
-    assert done.returncode == 2 and done.stderr == "mae.py: error: there is no folder nowhere\n"
+    assert done.returncode == 2 and done.stderr == "mae.py: error: there is no file or folder nowhere\n"
