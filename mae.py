@@ -582,7 +582,7 @@ def classify(args):
     else:
         groups = parameter_groups(model, args.weight_decay)
         optimizer = torch.optim.SGD(groups, lr=args.base_lr, momentum=0.9)
-    mix = data.mix_up_and_cut_mix(len(classes), args.mixup or 0, args.cutmix or 0)
+    mix = data.mix_up_and_cut_mix(len(classes), args.mixup or 0, args.cutmix or 0)  # none in linprobe
     first_step = open_run(args, model, optimizer, scaler)
     net = DistributedDataParallel(model) if processes > 1 else model
     net = torch.compile(net) if args.compile else net

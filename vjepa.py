@@ -197,7 +197,8 @@ def draw_masks(args, grid, step, rows, device):
 
     The sizes of blocks depend on (seed, step) alone. Places are drawn for a group of `mask_group` clips, and cut to the
     shortest of the group, as the published code does for the 24 clips of a GPU. While a group holds whole passes, the
-    number of processes and passes does not change the masks. The lengths become shapes: a GPU would be waited for.
+    number of processes and passes does not change the masks. They are drawn on the CPU, since the lengths of the lists
+    become shapes: a GPU would be waited for.
     """
     share = rows.stop - rows.start
     size = max(share, args.mask_group // share * share)  # a group holds whole shares
@@ -215,7 +216,8 @@ def draw_masks(args, grid, step, rows, device):
             pair = multiblock_mask(size, grid, blocks, block, generator, "cpu", context_times)
         for ids, chosen in zip((context_ids, target_ids), pair):
             chosen = chosen[rows.start - group * size:rows.stop - group * size]
-            chosen = chosen.pin_memory() if torch.device(device).type == "cuda" else chosen  # else the copy may wait
+            if torch.device(device).type == "cuda":
+                chosen = chosen.pin_memory()  # from other memory the copy may wait for the GPU
             ids.append(chosen.to(device, non_blocking=True))
     return context_ids, target_ids
 
