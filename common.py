@@ -57,6 +57,17 @@ def unpatchify(patches, patch_size, grid):
     return images.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * P, columns * P)
 
 
+def take(x, ids):
+    """The tokens of x (B, L, D) at the places ids (B, N): (B, N, D)."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
+
+
+def put(x, ids, tokens):
+    """x (B, L, D) with other tokens at the places ids (B, N): tokens are (B, N, D), or one for all, (1, 1, D)."""
+    index = ids[..., None].expand(-1, -1, x.shape[2])
+    return x.scatter(1, index, tokens.to(x.dtype).expand_as(index))
+
+
 def sincos_1d(dim, positions):
     """Sine-cosine code of numbers, (N,) -> (N, dim) in float64: sines in the first half, cosines in the second."""
     dtype = torch.float32 if positions.device.type == "mps" else torch.float64  # which MPS does not have
@@ -208,24 +219,26 @@ class ViT(nn.Module):
         """Patch tokens with their positions, without the class token: (B, C, [T,] H, W) -> (B, L, D)."""
         return self.patch_embed(pixels) + self.pos_embed[:, -math.prod(self.grid):]
 
-    def add_class_token(self, x):
-        """(B, N, D) -> (B, 1 + N, D)."""
-        return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-
-    def tokens(self, *inputs):
-        """All tokens after the last block and `norm`, the class token first: (B, [1 +] L, D). inputs: as of `embed`."""
-        x = self.embed(*inputs)
+    def encode(self, x):
+        """Put the class token, if there is one, before some embedded tokens; blocks; `norm`: (B, [1 +] N, D)."""
         if self.cls_token is not None:
-            x = self.add_class_token(x)
+            x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-    def forward(self, *inputs):
-        x = self.tokens(*inputs)
+    def tokens(self, pixels):
+        """All encoded tokens, the class token first: (B, C, [T,] H, W) -> (B, [1 +] L, D)."""
+        return self.encode(self.embed(pixels))
+
+    def classify(self, x):
+        """Pool all encoded tokens; `head`: (B, [1 +] L, D) -> (B, D), or logits (B, num_classes)."""
         class_tokens = int(self.cls_token is not None)
         x = x[:, 0] if self.pool == "class" and class_tokens else x[:, class_tokens:].mean(dim=1)
         return self.head(self.fc_norm(x))
+
+    def forward(self, pixels):
+        return self.classify(self.tokens(pixels))
 
     @classmethod
     def load(cls, path, **changes):

@@ -32,8 +32,8 @@ from torch.utils.data import default_collate
 import data
 from common import (Block, Log, PatchEmbed, UserError, ViT, accuracy, cosine, grid_of, is_rank_0, join_processes,
                     load_strictly, mix_seed, no_sync, number_of_processes, open_run, parameter_groups,
-                    parse_command_line, patchify, precision_of, read_weights, ridge_probe, run_main, save_pictures,
-                    sincos_1d, sincos_2d, unpatchify)
+                    parse_command_line, patchify, precision_of, put, read_weights, ridge_probe, run_main, save_pictures,
+                    sincos_1d, sincos_2d, take, unpatchify)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below; a dictionary gives values by model size.
 MODEL = {
@@ -113,53 +113,55 @@ FLAGS = {  # beside those of common.py
 }
 
 # ------------------------------------------------------------------------------------------------------------ masking
-# A mask is given as noise (batch, L): the patches with the smallest noise are kept, as in the published code.
+# A mask is two lists of places, visible (B, N) and hidden (B, M): numbers of patches in raster order.
 
 
-def random_noise(batch, grid, ratio, generator, device):
-    """Uniform noise: a random sample of the patches without replacement (Section 3, "Masking")."""
-    return torch.rand(batch, math.prod(grid), generator=generator, device=device)
+def split(noise, ratio):
+    """noise (B, L) -> (visible, hidden): the patches with the least noise are visible, int(L * (1 - ratio)) of them."""
+    kept = int(noise.shape[1] * (1 - ratio))
+    order = noise.argsort(dim=1)
+    return order[:, :kept], order[:, kept:]
 
 
-def grid_noise(batch, grid, ratio, generator, device):
+def random_mask(batch, grid, ratio, generator, device):
+    """A random sample of the patches without replacement (Section 3, "Masking")."""
+    return split(torch.rand(batch, math.prod(grid), generator=generator, device=device), ratio)
+
+
+def grid_mask(batch, grid, ratio, generator, device):
     """Keeps one patch of every 2 x 2 at the ratio 0.75 (Figure 6); at 0.5 a chessboard. The same for all images."""
     row, column = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
     order = (row + column) % 2 * 2 + row % 2  # in a 2 x 2 cell: first the one diagonal, then the other
-    return order.flatten() + random_noise(batch, grid, ratio, generator, device)
+    return split(order.flatten() + torch.rand(batch, math.prod(grid), generator=generator, device=device), ratio)
 
 
-def block_noise(batch, grid, ratio, generator, device):
-    """Removes large rectangles (BEiT's block-wise masking, arXiv 2106.08254, Algorithm 1).
+def block_mask(batch, grid, ratio, generator, device):
+    """Hides large rectangles (BEiT's block-wise masking, arXiv 2106.08254, Algorithm 1).
 
-    Rectangles of aspect 0.3 to 1/0.3, of at least 8 % of the patches, are laid until none of the number to remove is
-    left; one that would remove too many is dropped. What the tries leave open is filled with single patches.
+    Rectangles of aspect 0.3 to 1/0.3, of at least 8 % of the patches, are laid until none of the number to hide is
+    left; one that would hide too many is dropped. What the tries leave open is filled with single patches.
     """
-    rows, columns = grid
-    left = torch.full((batch, 1), math.prod(grid) - kept_patches(grid, ratio), device=device)  # still to remove
+    (rows, columns), places = grid, math.prod(grid)
+    left = torch.full((batch, 1), places - int(places * (1 - ratio)), device=device)  # still to hide
     row, column = (x.flatten() for x in torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))
-    removed = torch.zeros(batch, rows * columns, dtype=torch.bool, device=device)
+    hidden = torch.zeros(batch, places, dtype=torch.bool, device=device)
     for _ in range(32):
         u = torch.rand(4, batch, 1, generator=generator, device=device)
-        smallest = 0.08 * rows * columns
+        smallest = 0.08 * places
         area = smallest + u[0] * (left - smallest).clamp(min=0)
         aspect = torch.exp((2 * u[1] - 1) * math.log(1 / 0.3))
         height = (area * aspect).sqrt().round().clamp(1, rows)
         width = (area / aspect).sqrt().round().clamp(1, columns)
         top, start = (u[2] * (rows - height + 1)).floor(), (u[3] * (columns - width + 1)).floor()
         inside = (row >= top) & (row < top + height) & (column >= start) & (column < start + width)
-        new = inside & ~removed
+        new = inside & ~hidden
         new &= new.sum(1, keepdim=True) <= left
-        removed |= new
+        hidden |= new
         left -= new.sum(1, keepdim=True)
-    return removed + random_noise(batch, grid, ratio, generator, device)
+    return split(hidden + torch.rand(batch, places, generator=generator, device=device), ratio)
 
 
-MASKINGS = {"random": random_noise, "block": block_noise, "grid": grid_noise}
-
-
-def kept_patches(grid, ratio):
-    return int(math.prod(grid) * (1 - ratio))
-
+MASKS = {"random": random_mask, "block": block_mask, "grid": grid_mask}
 
 # -------------------------------------------------------------------------------------------------------------- model
 
@@ -192,38 +194,6 @@ class MAE(ViT):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def encode(self, images, mask_ratio, noise, *dates):
-        """Encode the visible patches only.
-
-        images (B, C, H, W), noise (B, L) -> latent (B, 1 + kept, D), mask (B, L) with 1 = removed, and restore (B, L),
-        the place of each patch in the sequence (visible patches first, then the removed ones).
-        """
-        x = self.embed(images, *dates)  # (B, L, D), positions added
-        shuffle = noise.argsort(dim=1)  # small is kept, large is removed
-        restore = shuffle.argsort(dim=1)
-        kept = self.kept(mask_ratio)
-        mask = (restore >= kept).float()
-        if self.encoder_mask_token is not None:
-            x = torch.where(mask[..., None] > 0, self.encoder_mask_token + self.pos_embed[:, 1:], x)
-            kept = x.shape[1]
-        x = x.gather(1, shuffle[:, :kept, None].expand(-1, -1, self.dim))  # (B, kept, D)
-        x = self.add_class_token(x)  # (B, 1 + kept, D)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x), mask, restore
-
-    def decode(self, latent, restore, *dates):
-        """Predict all patches: (B, 1 + kept, D) -> (B, L, P*P*C)."""
-        x = self.decoder_embed(latent)  # (B, 1 + kept, decoder_dim)
-        B, L, D = *restore.shape, x.shape[2]
-        mask_tokens = self.mask_token.expand(B, L + 1 - x.shape[1], -1)
-        patches = torch.cat([x[:, 1:], mask_tokens], dim=1)  # (B, L, decoder_dim), visible first
-        patches = patches.gather(1, restore[..., None].expand(-1, -1, D))  # back in raster order
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_positions(*dates)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.predict(self.decoder_norm(x)[:, 1:])
-
     def target(self, images):
         """Pixels to predict (B, L, P*P*C), and the mean and deviation that were taken out of each patch (B, L, 1)."""
         pixels = patchify(images, self.patch_size)
@@ -232,44 +202,29 @@ class MAE(ViT):
         mean, std = pixels.mean(-1, keepdim=True), (pixels.var(-1, keepdim=True) + 1e-6).sqrt()  # unbiased variance
         return (pixels - mean) / std, mean, std
 
-    def errors(self, pred, images):
-        """Squared error of each patch, the mean over its pixels: (B, L)."""
-        return (pred.float() - self.target(images)[0]).square().mean(dim=-1)
+    def forward(self, images, visible, hidden):
+        """images (B, C, H, W), places visible (B, N) and hidden (B, M) -> (loss, pred (B, L, P*P*C))."""
+        x = self.embed(images)  # (B, L, D), positions added
+        if self.encoder_mask_token is not None:  # the encoder sees all places
+            x = put(x, hidden, self.encoder_mask_token + take(self.pos_embed[:, 1:].expand_as(x), hidden))
+            visible = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        x = self.encode(take(x, visible))  # (B, 1 + N, D), the class token first
 
-    def forward(self, images, mask_ratio=0.75, noise=None, *dates):
-        """images (B, C, H, W) -> (loss, pred (B, L, P*P*C), mask (B, L) with 1 = removed).
+        x = self.decoder_embed(x)  # (B, 1 + N, decoder_dim)
+        mask_tokens = self.mask_token.expand(len(x), math.prod(self.grid), -1)
+        patches = put(mask_tokens, visible, x[:, 1:])  # (B, L, decoder_dim)
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # (B, 1 + L, decoder_dim)
+        for block in self.decoder_blocks:
+            x = block(x)
+        pred = self.decoder_pred(self.decoder_norm(x)[:, 1:])  # (B, L, P*P*C)
 
-        noise (B, L): the patches with the smallest noise are kept; random by default.
-        """
-        if noise is None:
-            noise = self.noise("random", len(images), mask_ratio, None, images.device)
-        latent, mask, restore = self.encode(images, mask_ratio, noise, *dates)
-        pred = self.decode(latent, restore, *dates)
-        loss = (self.errors(pred, images) * mask).sum() / mask.sum()  # mean over the removed patches
-        return loss, pred, mask
-
-    # The rest of MAE, in methods of its own because SatMAE, below, does it in another way.
-
-    def noise(self, masking, batch, mask_ratio, generator, device):
-        """Noise (batch, L) for one of the `MASKINGS`."""
-        return MASKINGS[masking](batch, self.grid, mask_ratio, generator, device)
-
-    def kept(self, mask_ratio):
-        """How many tokens the encoder sees."""
-        return kept_patches(self.grid, mask_ratio)
-
-    def decoder_positions(self):
-        """(1, 1 + L, decoder_dim), the class token's first."""
-        return self.decoder_pos_embed
-
-    def predict(self, x):
-        """(B, L, decoder_dim) -> (B, L, P*P*C)."""
-        return self.decoder_pred(x)
+        target, _, _ = self.target(images)  # (B, L, P*P*C)
+        return (take(pred, hidden).float() - take(target, hidden)).square().mean(), pred
 
 
 # -------------------------------------------------------------------------------------- SatMAE: many bands, many dates
 # "SatMAE: Pre-training Transformers for Temporal and Multi-Spectral Satellite Imagery", Cong et al. 2022, arXiv
-# 2207.08051: MAE with S tokens at each place, one for each group of bands or for each date. Above, L becomes S * L.
+# 2207.08051: MAE with S slices, groups of bands or dates, each with a token at every place: S * L tokens.
 
 
 def fixed(table):
@@ -277,9 +232,9 @@ def fixed(table):
     return nn.Parameter(table.float()[None], requires_grad=False)
 
 
-def codes_of_dates(dates, width):
+def codes_of_stamps(stamps, width):
     """Time stamps (B, T, 3), of year, month and hour -> their sine-cosine codes side by side, (B, T, 3 * width)."""
-    return sincos_1d(width, dates.flatten()).unflatten(0, dates.shape).flatten(2).float()
+    return sincos_1d(width, stamps.flatten()).unflatten(0, stamps.shape).flatten(2).float()
 
 
 def positions_of_slices(table, codes):
@@ -321,18 +276,28 @@ class SatelliteViT(ViT):
             for embed in self.patch_embed:
                 nn.init.xavier_uniform_(embed.proj.weight.flatten(1))
 
-    def embed(self, images, dates=None):
+    def embed(self, images, stamps=None):
         """(B, C, [dates,] H, W), and the stamps (B, dates, 3) of dates -> (B, S * L, D), slice by slice."""
         if self.bands:
             x = [embed(pick(images, 1, group)) for embed, group in zip(self.patch_embed, self.bands)]
             codes = self.channel_embed
         else:
             x = [self.patch_embed(image) for image in images.unbind(dim=2)]
-            codes = codes_of_dates(dates, self.date_width)
+            codes = codes_of_stamps(stamps, self.date_width)
         return torch.cat(x, dim=1) + positions_of_slices(self.pos_embed, codes)
 
-    def add_class_token(self, x):
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # its position is zero
+    def encode(self, x):
+        """As in `ViT`; the position of the class token is zero."""
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def tokens(self, images, stamps=None):
+        return self.encode(self.embed(images, stamps))
+
+    def forward(self, images, stamps=None):
+        return self.classify(self.tokens(images, stamps))
 
     @classmethod
     def load(cls, path, **changes):
@@ -343,14 +308,13 @@ class SatelliteViT(ViT):
 
 
 class SatMAE(SatelliteViT, MAE):
-    """MAE on a `SatelliteViT`: predictions and targets are lists with an entry (B, L, P*P*C) for each of the S slices.
-
-    consistent: hide the same places in all slices; else each slice has its own, which the paper found better.
+    """MAE on a `SatelliteViT`: places are numbers of the S * L tokens, targets and predictions lists with an entry
+    (B, L, P*P*C) for each slice.
     """
 
-    def __init__(self, *arguments, bands=None, dates=1, consistent=False, decoder_dim=512, **named):
+    def __init__(self, *arguments, bands=None, dates=1, decoder_dim=512, **named):
         super().__init__(*arguments, bands=bands, dates=dates, decoder_dim=decoder_dim, **named)
-        self.consistent, self.decoder_date_width = consistent, min(64, decoder_dim // 24 * 4)
+        self.decoder_date_width = min(64, decoder_dim // 24 * 4)
         width = min(128, decoder_dim // 2) if bands else 3 * self.decoder_date_width
         self.decoder_pos_embed = fixed(F.pad(sincos_2d(decoder_dim - width, self.grid), (0, 0, 1, 0)))
         if bands:
@@ -361,26 +325,18 @@ class SatMAE(SatelliteViT, MAE):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    def noise(self, masking, batch, mask_ratio, generator, device):
-        if self.consistent:
-            return super().noise(masking, batch, mask_ratio, generator, device).repeat(1, self.slices)
-        return super().noise(masking, batch * self.slices, mask_ratio, generator, device).reshape(batch, -1)
-
-    def kept(self, mask_ratio):
-        places = math.prod(self.grid)
-        return self.slices * int(places * (1 - mask_ratio)) if self.consistent else int(
-            self.slices * places * (1 - mask_ratio))
-
-    def decoder_positions(self, dates=None):
+    def decoder_positions(self, stamps):
+        """(1 or B, 1 + S * L, decoder_dim), the class token's first."""
         if self.bands:
             codes, of_class_token = self.decoder_channel_embed[:, :-1], self.decoder_channel_embed[:, -1:]
         else:
-            codes = codes_of_dates(dates, self.decoder_date_width)
+            codes = codes_of_stamps(stamps, self.decoder_date_width)
             of_class_token = torch.zeros_like(codes[:, :1])
         of_class_token = F.pad(of_class_token, (self.decoder_pos_embed.shape[2], 0))
         return torch.cat([of_class_token, positions_of_slices(self.decoder_pos_embed, codes)], dim=1)
 
     def predict(self, x):
+        """Decoded tokens (B, S * L, decoder_dim) -> the predictions of each slice."""
         x = x.chunk(self.slices, dim=1)
         if not self.bands:
             return [self.decoder_pred(part) for part in x]
@@ -391,15 +347,39 @@ class SatMAE(SatelliteViT, MAE):
         return [pick(slots, 2, [used.index(band) for band in group]).transpose(2, 3).flatten(2) for group in self.bands]
 
     def target(self, images):
+        """As in `MAE`, three lists. The bands of a patch are normalised together."""
         if not self.bands:
             return tuple(zip(*(super(SatMAE, self).target(image) for image in images.unbind(dim=2))))
         target, *statistics = super().target(pick(images, 1, [band for group in self.bands for band in group]))
         parts = target.unflatten(2, (self.patch_size ** 2, -1)).split([len(group) for group in self.bands], dim=3)
         return [part.flatten(2) for part in parts], *([x] * self.slices for x in statistics)
 
-    def errors(self, pred, images):
-        target, _, _ = self.target(images)
-        return torch.cat([(p.float() - t).square().mean(dim=2) for p, t in zip(pred, target)], dim=1)
+    def forward(self, images, visible, hidden, stamps=None):
+        """images and stamps as in `embed`, visible (B, N), hidden (B, M) -> (loss, pred of each slice (B, L, P*P*C))."""
+        x = self.encode(take(self.embed(images, stamps), visible))  # (B, 1 + N, D)
+
+        x = self.decoder_embed(x)  # (B, 1 + N, decoder_dim)
+        mask_tokens = self.mask_token.expand(len(x), self.slices * math.prod(self.grid), -1)
+        tokens = put(mask_tokens, visible, x[:, 1:])  # (B, S * L, decoder_dim)
+        x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_positions(stamps)
+        for block in self.decoder_blocks:
+            x = block(x)
+        pred = self.predict(self.decoder_norm(x)[:, 1:])
+
+        errors = [(p.float() - t).square().mean(dim=2) for p, t in zip(pred, self.target(images)[0])]  # each (B, L)
+        return torch.cat(errors, dim=1).gather(1, hidden).mean(), pred
+
+
+def masks_of_slices(masking, slices, consistent, batch, grid, ratio, generator, device):
+    """(visible, hidden) among the S * L tokens. consistent: the same places in all slices; else each slice has its own,
+    and random ones are drawn among all tokens, which the paper found better.
+    """
+    if masking == "random" and not consistent:
+        return random_mask(batch, (slices, *grid), ratio, generator, device)
+    own = 1 if consistent else slices
+    places = MASKS[masking](batch * own, grid, ratio, generator, device)
+    first = math.prod(grid) * torch.arange(slices, device=device)[:, None]  # token of each slice
+    return tuple((ids.unflatten(0, (batch, own)) + first).flatten(1) for ids in places)
 
 
 # ------------------------------------------------------------------------------------------------------- pre-training
@@ -427,16 +407,16 @@ def open_images(args, labelled):
 
 def new_model(args):
     """The model before training, the same for the same seed; with --init the one to go on from, ours or published."""
-    grid = grid_of(args.image_size, args.patch_size)
-    if not 0 < kept_patches(grid, args.mask_ratio) < math.prod(grid):
-        raise UserError(f"--mask-ratio {args.mask_ratio} hides none or all of the {math.prod(grid)} patches")
+    patches = math.prod(grid_of(args.image_size, args.patch_size))
+    if not 0 < int(patches * (1 - args.mask_ratio)) < patches:
+        raise UserError(f"--mask-ratio {args.mask_ratio} hides none or all of the {patches} patches")
     torch.manual_seed(args.seed)
     shape = (args.size, args.image_size, args.patch_size, args.channels, args.norm_pix_loss)
     decoder = {name: getattr(args, name) for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
     if args.bands or args.dates > 1:
         if args.encode_mask_tokens:
             raise UserError("--encode-mask-tokens is not for --bands or --dates")
-        model = SatMAE(*shape, **decoder, bands=groups_of(args.bands), dates=args.dates, consistent=args.consistent)
+        model = SatMAE(*shape, **decoder, bands=groups_of(args.bands), dates=args.dates)
     else:
         model = MAE(*shape, **decoder, encode_mask_tokens=args.encode_mask_tokens)
     if args.init:
@@ -449,6 +429,14 @@ def new_model(args):
                 weights[name] = getattr(model, name)  # another image size: the fixed table of that size
         load_strictly(model, weights, args.init)
     return model
+
+
+def draw_masks(args, batch, generator, device):
+    """Places (visible, hidden) for a batch, with --bands or --dates among the tokens of all slices."""
+    grid, slices = grid_of(args.image_size, args.patch_size), len(groups_of(args.bands) or ()) or args.dates
+    if slices == 1:
+        return MASKS[args.masking](batch, grid, args.mask_ratio, generator, device)
+    return masks_of_slices(args.masking, slices, args.consistent, batch, grid, args.mask_ratio, generator, device)
 
 
 def pretrain(args):
@@ -475,13 +463,13 @@ def pretrain(args):
 
         # Every process draws the masks of the whole batch and takes its rows: their number does not change the run.
         generator.manual_seed(mix_seed(args.seed, step))
-        noise = model.noise(args.masking, args.batch_size, args.mask_ratio, generator, device)
+        visible, hidden = draw_masks(args, args.batch_size, generator, device)
         for part in range(args.accumulate):
             rows = data.rows_of_process(args.batch_size, args.accumulate, part, rank, processes)
-            images, _, *dates = next(batches)
+            images, _, *stamps = next(batches)
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:
-                    loss, _, _ = net(images, args.mask_ratio, noise[rows], *dates)
+                    loss, _ = net(images, visible[rows], hidden[rows], *stamps)
                 scaler.scale(loss / args.accumulate).backward()
             log.losses.append(loss.detach())
         if args.clip_grad:
@@ -597,11 +585,11 @@ def classify(args):
         model.train()
         torch.manual_seed(mix_seed(args.seed, step, rank))  # of drop path, MixUp and CutMix
         for part in range(args.accumulate):
-            images, labels, *dates = next(batches)
+            images, labels, *stamps = next(batches)
             images, labels = mix(images, labels)
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:
-                    loss = F.cross_entropy(net(images, *dates), labels, label_smoothing=args.smoothing)
+                    loss = F.cross_entropy(net(images, *stamps), labels, label_smoothing=args.smoothing)
                 scaler.scale(loss / args.accumulate).backward()
             log.losses.append(loss.detach())
         if args.clip_grad:
@@ -636,17 +624,18 @@ def save_picture(model, samples, args):
     """
     device, groups = model.cls_token.device, groups_of(args.bands) or [range(args.channels)] * args.dates
     chosen = data.evenly(len(samples.source), max(1, 8 // len(groups)))
-    images, _, *dates = (x.to(device) for x in default_collate([samples[index, 0] for index in chosen]))
+    images, _, *stamps = (x.to(device) for x in default_collate([samples[index, 0] for index in chosen]))
     generator = torch.Generator(device).manual_seed(mix_seed(args.seed))
-    noise = model.noise(args.masking, len(images), args.mask_ratio, generator, device)
+    visible, hidden = draw_masks(args, len(images), generator, device)
     with torch.no_grad():
-        _, pred, mask = model.eval()(images, args.mask_ratio, noise, *dates)
+        _, pred = model.eval()(images, visible, hidden, *stamps)
         target, mean, std = model.target(images)
     if torch.is_tensor(pred):
         pred, target, mean, std = [pred], [target], [mean], [std]
     rows = []
-    hidden = mask[..., None].bool().chunk(len(groups), dim=1)
-    for group, p, t, m, s, h in zip(groups, pred, target, mean, std, hidden):  # (B, L, P*P*C), from m on (B, L, 1)
+    is_hidden = torch.zeros(len(images), visible.shape[1] + hidden.shape[1], dtype=torch.bool, device=device)
+    is_hidden = is_hidden.scatter(1, hidden, True)[..., None].chunk(len(groups), dim=1)
+    for group, p, t, m, s, h in zip(groups, pred, target, mean, std, is_hidden):  # (B, L, P*P*C), from m on (B, L, 1)
         patches = t * s + m
         row = [patches, torch.where(h, 0.0, patches), torch.where(h, p * s + m, patches)]
         row = torch.stack([unpatchify(x, model.patch_size, model.grid) for x in row], dim=1).cpu()  # (B, 3, C, H, W)

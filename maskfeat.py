@@ -32,7 +32,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import data
 from common import (Log, UserError, ViT, accuracy, cosine, describe, grid_of, is_rank_0, join_processes, load_strictly,
                     mix_seed, no_sync, open_run, parameter_groups, parse_command_line, patchify, precision_of,
-                    read_weights, resize_positions, ridge_probe, run_main, save_pictures, unpatchify)
+                    put, read_weights, resize_positions, ridge_probe, run_main, save_pictures, take, unpatchify)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below. A dictionary gives the values for images
 # and videos, or by model size. Video: the published recipe of MViTv2, of which our ViT takes the place.
@@ -145,58 +145,57 @@ def hog_targets(images, patch=16, cell=8):
 
 
 # ----------------------------------------------------------------------------------------------------------- masking
-# A mask is (batch, L) bool, True = masked, with exactly masked_tokens(...) of them in every sample. A grid is
-# (rows, columns) for images, (times, rows, columns) for clips.
+# A mask is two lists of places, visible (B, N) and hidden (B, M): numbers of tokens in raster order. M is the same for
+# all samples. A grid is (rows, columns) for images, (times, rows, columns) for clips.
 
 
-def masked_tokens(masking, grid, ratio):
-    """The number of masked tokens of a sample: round(ratio * L); for tubes and frames the nearest that is possible."""
-    place = math.prod(grid[-2:])
-    times = math.prod(grid) // place
-    if masking == "tube":
-        return times * round(ratio * place)
-    return round(ratio * times) * place if masking == "frame" else round(ratio * times * place)
+def split(values, count):
+    """values (B, L) -> (visible, hidden): the `count` tokens with the largest values are hidden."""
+    order = values.argsort(dim=1, descending=True)
+    return order[:, count:], order[:, :count]
 
 
 def random_mask(batch, grid, ratio, generator, device):
     noise = torch.rand(batch, math.prod(grid), generator=generator, device=device)
-    return largest(noise, masked_tokens("random", grid, ratio))
+    return split(noise, round(ratio * math.prod(grid)))
 
 
 def block_mask(batch, grid, ratio, generator, device):
     """BEiT's block-wise masking of images (arXiv 2106.08254, Algorithm 1): blocks of random area and aspect."""
-    count = masked_tokens("block", grid, ratio)
+    count = round(ratio * math.prod(grid))
     return lay_blocks(batch, (1, *grid), count, count // 5, None, generator, device)
 
 
 def cube_mask(batch, grid, ratio, generator, device):
     """Blocks in space, of at least a fifth of the frame, that last for a random run of time steps."""
-    place = math.prod(grid[-2:])
-    return lay_blocks(batch, grid, masked_tokens("cube", grid, ratio), place // 5, place, generator, device)
+    place = math.prod(grid[1:])
+    return lay_blocks(batch, grid, round(ratio * grid[0] * place), place // 5, place, generator, device)
 
 
 def tube_mask(batch, grid, ratio, generator, device):
     """The same block-wise mask at all times."""
-    return block_mask(batch, grid[-2:], ratio, generator, device).repeat(1, grid[0])
+    first = math.prod(grid[1:]) * torch.arange(grid[0], device=device)[:, None]  # token of each time
+    return tuple((ids[:, None] + first).flatten(1) for ids in block_mask(batch, grid[1:], ratio, generator, device))
 
 
 def frame_mask(batch, grid, ratio, generator, device):
     """Whole time steps."""
-    noise = torch.rand(batch, grid[0], generator=generator, device=device)
-    return largest(noise, round(ratio * grid[0])).repeat_interleave(math.prod(grid[-2:]), dim=1)
+    times = split(torch.rand(batch, grid[0], generator=generator, device=device), round(ratio * grid[0]))
+    place = torch.arange(math.prod(grid[1:]), device=device)
+    return tuple((len(place) * ids[:, :, None] + place).flatten(1) for ids in times)
 
 
 def lay_blocks(batch, grid, count, least, most, generator, device):
-    """Lay random blocks over a grid (times, rows, columns) until `count` tokens are masked: (batch, L).
+    """Lay random blocks over a grid (times, rows, columns) until `count` tokens are hidden: (visible, hidden).
 
     The area of a block in space is uniform between `least` and `most`, tokens; most = None means what is still to be
-    masked, which may be less than `least`. Its aspect is 0.3 to 1/0.3. A block that would mask too much is dropped;
+    hidden, which may be less than `least`. Its aspect is 0.3 to 1/0.3. A block that would hide too much is dropped;
     what the tries leave open is filled with single tokens.
     """
     place = torch.stack(torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))[:, None]
     size = place.amax((2, 3, 4), keepdim=True) + 1  # of the grid in each of the 3 dimensions, (3, 1, 1, 1, 1)
-    masked = torch.zeros(batch, *grid, dtype=torch.bool, device=device)
-    left = torch.full((batch, 1, 1, 1), count, device=device)  # still to be masked
+    hidden = torch.zeros(batch, *grid, dtype=torch.bool, device=device)
+    left = torch.full((batch, 1, 1, 1), count, device=device)  # still to be hidden
     u = torch.rand(64, 6, batch, 1, 1, 1, generator=generator, device=device)  # for 64 tries
     aspect = torch.exp((2 * u[:, 1] - 1) * math.log(1 / 0.3))
     duration = 1 + (u[:, 2:3] * grid[0]).floor()
@@ -206,21 +205,16 @@ def lay_blocks(batch, grid, count, least, most, generator, device):
         sides = torch.stack([area * aspect[i], area / aspect[i]]).sqrt().round()  # height and width
         block = torch.cat([duration[i], sides])  # (3, B, 1, 1, 1)
         corner = (where[i] * (size - block + 1)).floor()
-        new = ((place >= corner) & (place < corner + block)).all(dim=0) & ~masked
+        new = ((place >= corner) & (place < corner + block)).all(dim=0) & ~hidden
         tokens = new.sum((1, 2, 3), keepdim=True)
         fits = (tokens <= left) & (sides < size[1:]).all(dim=0)
-        masked |= new & fits
+        hidden |= new & fits
         left -= tokens * fits
     noise = torch.rand(batch, math.prod(grid), generator=generator, device=device)
-    return largest(masked.flatten(1) + noise, count)
+    return split(hidden.flatten(1) + noise, count)
 
 
-def largest(values, count):
-    """True at the `count` largest values of each row."""
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, values.topk(count, dim=1).indices, True)
-
-
-MASKINGS = {"block": block_mask, "cube": cube_mask, "tube": tube_mask, "frame": frame_mask, "random": random_mask}
+MASKS = {"block": block_mask, "cube": cube_mask, "tube": tube_mask, "frame": frame_mask, "random": random_mask}
 
 # -------------------------------------------------------------------------------------------------------------- model
 
@@ -255,24 +249,12 @@ class MaskFeat(ViT):
             values = (values - values.mean(-1, keepdim=True)) / (values.var(-1, keepdim=True) + 1e-6).sqrt()
         return values.reshape(len(pixels), -1, values.shape[-1])
 
-    def forward(self, pixels, mask, count=None):
-        """pixels (B, C, [T,] H, W), mask (B, L) bool -> (loss, pred (B, N, K)) for the N masked tokens in raster order.
-
-        N is the same for all samples. Give it as `count` where it is known: to count, a GPU has to be waited for.
-        """
-        if count is None:
-            count = int(mask[0].sum())
-            if (mask.sum(1) != count).any():
-                raise ValueError("every sample needs the same number of masked tokens")
-        x = self.patch_embed(pixels)  # (B, L, D)
-        x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        x = self.add_class_token(x + self.pos_embed[:, 1:])  # (B, 1 + L, D)
-        for block in self.blocks:
-            x = block(x)
-        ids = mask.int().argsort(dim=1, descending=True, stable=True)[:, :count, None]  # (B, N, 1)
-        x = x[:, 1:].gather(1, ids.expand(-1, -1, self.dim))  # (B, N, D)
-        pred = self.pred_head(x)  # (B, N, K)
-        target = self.targets(pixels).gather(1, ids.expand_as(pred))
+    def forward(self, pixels, hidden):
+        """pixels (B, C, [T,] H, W), hidden places (B, M) -> (loss, pred (B, M, K)): the prediction at these places."""
+        x = put(self.patch_embed(pixels), hidden, self.mask_token)  # (B, L, D)
+        x = self.encode(x + self.pos_embed[:, 1:])  # (B, 1 + L, D), the class token first
+        pred = self.pred_head(take(x[:, 1:], hidden))  # (B, M, K)
+        target = take(self.targets(pixels), hidden)
         return (pred.float() - target).square().mean(), pred
 
 
@@ -285,8 +267,8 @@ def new_model(args):
     if args.masking != "random" and (args.masking == "block") != (len(grid) == 2):
         kind = "images" if args.masking == "block" else "clips (--frames)"
         raise UserError(f"--masking {args.masking} is for {kind}")
-    if not 0 < masked_tokens(args.masking, grid, args.mask_ratio) < math.prod(grid):
-        raise UserError(f"--mask-ratio {args.mask_ratio} masks none or all of the {math.prod(grid)} tokens")
+    if not all(ids.numel() for ids in MASKS[args.masking](1, grid, args.mask_ratio, None, "cpu")):
+        raise UserError(f"--mask-ratio {args.mask_ratio} hides none or all of the {math.prod(grid)} tokens")
     torch.manual_seed(args.seed)
     model = MaskFeat(args.size, args.image_size, args.patch_size, args.channels, args.frames, args.tubelet,
                      args.target, args.cell)
@@ -315,7 +297,6 @@ def pretrain(args):
 
     batches = data.training_loader(samples, args, first_step, rank, processes, device)
     generator = torch.Generator(device)
-    count = masked_tokens(args.masking, model.grid, args.mask_ratio)
     log = Log(args, first_step, "clips" if args.frames > 1 else "images")
     for step in range(first_step, args.steps):
         lr = cosine(step, args.steps, args.warmup * args.steps, args.base_lr * args.batch_size / 256, args.min_lr)
@@ -324,13 +305,13 @@ def pretrain(args):
 
         # Every process draws the masks of the whole batch and takes its rows: their number does not change the run.
         generator.manual_seed(mix_seed(args.seed, step))
-        mask = MASKINGS[args.masking](args.batch_size, model.grid, args.mask_ratio, generator, device)
+        _, hidden = MASKS[args.masking](args.batch_size, model.grid, args.mask_ratio, generator, device)
         for part in range(args.accumulate):
             rows = data.rows_of_process(args.batch_size, args.accumulate, part, rank, processes)
             pixels, _ = next(batches)
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:
-                    loss, _ = net(pixels, mask[rows], count)
+                    loss, _ = net(pixels, hidden[rows])
                 scaler.scale(loss / args.accumulate).backward()
             log.losses.append(loss.detach())
         if args.clip_grad:
@@ -476,18 +457,19 @@ def save_picture(model, samples, args):
     pixels = torch.stack([samples[index, 0][0] for index in chosen]).to(model.cls_token.device)
     pixels = pixels.flatten(0, 1) if pixels.ndim == 6 else pixels  # a single view of each video
     generator = torch.Generator(pixels.device).manual_seed(mix_seed(args.seed))
-    mask = MASKINGS[args.masking](len(pixels), model.grid, args.mask_ratio, generator, pixels.device)
+    _, hidden = MASKS[args.masking](len(pixels), model.grid, args.mask_ratio, generator, pixels.device)
     with torch.no_grad():
-        _, pred = model.eval()(pixels, mask)
+        _, pred = model.eval()(pixels, hidden)
         target = model.targets(pixels)  # (B, L, K)
-    predicted = target.masked_scatter(mask[..., None], pred)
+    predicted = put(target, hidden, pred)
+    mask = torch.zeros(target.shape[:2], device=pixels.device).scatter(1, hidden, 1.0)  # (B, L), 1 = hidden
 
     frames = pixels[:, :, ::model.tubelet].transpose(1, 2).flatten(0, 1) if pixels.ndim == 5 else pixels
     rows = len(frames)  # images, or time steps of the clip
     grid, mask = model.grid[-2:], mask.reshape(rows, -1)
-    hidden = unpatchify(mask[..., None].float().expand(-1, -1, model.patch_size ** 2), model.patch_size, grid).cpu()
+    shade = unpatchify(mask[..., None].expand(-1, -1, model.patch_size ** 2), model.patch_size, grid).cpu()
     frames = frames.cpu() * torch.tensor(args.std).view(-1, 1, 1) + torch.tensor(args.mean).view(-1, 1, 1)
-    columns = [frames, torch.where(hidden > 0, 0.5, frames)]
+    columns = [frames, torch.where(shade > 0, 0.5, frames)]
     for values in (target, predicted):
         values = values.reshape(rows, *mask.shape[1:], -1).cpu()
         if model.target == "hog":

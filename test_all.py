@@ -40,6 +40,25 @@ def tiny_mae(**changes):
     return mae.MAE(**{**TINY, **changes})
 
 
+def random_places(batch, grid=(4, 4), ratio=0.75):
+    """(visible, hidden), at random."""
+    return mae.random_mask(batch, grid, ratio, None, "cpu")
+
+
+def marked(hidden, length):
+    """Hidden places (B, M) -> (B, length), 1 = hidden."""
+    return torch.zeros(len(hidden), length).scatter(1, hidden, 1.0)
+
+
+def inputs_of(module, run):
+    """The inputs of each call of a module while `run()` runs."""
+    found = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: found.append(inputs))
+    run()
+    handle.remove()
+    return found
+
+
 MASKFEAT_FLAGS = ["--recipe", "demo", "--image-size", "32", "--batch-size", "8", "--workers", "0", "--log-every", "1",
                   "--device", "cpu"]
 
@@ -174,33 +193,49 @@ def test_drop_path_skips_whole_samples_and_only_in_training():
 # ---------------------------------------------------------------------------------------------------- masking and loss
 
 
+def test_tokens_are_taken_and_put_back():
+    x, ids = torch.randn(2, 5, 3), torch.tensor([[4, 0], [1, 3]])
+    taken = common.take(x, ids)
+    assert all(torch.equal(taken[b, n], x[b, ids[b, n]]) for b in range(2) for n in range(2))
+    changed = common.put(x, ids, taken + 1)
+    assert torch.equal(common.take(changed, ids), taken + 1) and (changed == x).all(-1).sum() == 6
+    one = common.put(x, ids, torch.full((1, 1, 3), 7.0))
+    assert (common.take(one, ids) == 7).all() and torch.equal(x, common.put(one, ids, taken))
+
+
 @pytest.mark.parametrize("masking", ["random", "block", "grid"])
 @pytest.mark.parametrize("ratio, kept", [(0.75, 49), (0.5, 98), (0.4, 117)])
 def test_masks_have_the_asked_number(masking, ratio, kept):
-    noise = mae.MASKINGS[masking](64, (14, 14), ratio, torch.Generator().manual_seed(0), "cpu")
-    visible = noise.argsort(1)[:, :kept]
-    assert mae.kept_patches((14, 14), ratio) == kept
+    visible, hidden = mae.MASKS[masking](64, (14, 14), ratio, torch.Generator().manual_seed(0), "cpu")
+    assert visible.shape == (64, kept) and visible.dtype == torch.int64
+    assert torch.equal(torch.cat([visible, hidden], dim=1).sort(dim=1).values, torch.arange(196).expand(64, -1))
     if masking == "grid":  # a regular pattern
         keeps = torch.zeros(64, 196).scatter(1, visible, 1).view(64, 7, 2, 7, 2).sum((2, 4))
         assert ratio == 0.4 or torch.equal(keeps, torch.full_like(keeps, {0.75: 1, 0.5: 2}[ratio]))
     else:  # each sample has its own
         assert len({tuple(sorted(row)) for row in visible.tolist()}) == 64
-    again = mae.MASKINGS[masking](64, (14, 14), ratio, torch.Generator().manual_seed(0), "cpu")
-    assert torch.equal(noise, again)
+    again = mae.MASKS[masking](64, (14, 14), ratio, torch.Generator().manual_seed(0), "cpu")
+    assert torch.equal(visible, again[0]) and torch.equal(hidden, again[1])
+
+
+def test_the_patches_with_the_least_noise_are_visible():
+    visible, hidden = mae.split(torch.tensor([[0.3, 0.1, 0.9, 0.2]]), 0.5)
+    assert visible.tolist() == [[1, 3]] and hidden.tolist() == [[0, 2]]
 
 
 def test_block_masks_are_blocks():
     def edges(masking):
-        noise = mae.MASKINGS[masking](64, (14, 14), 0.5, torch.Generator().manual_seed(0), "cpu")
-        hidden = (noise.argsort(1).argsort(1) >= 98).view(64, 14, 14)
-        return sum((hidden.diff(dim=d)).sum() for d in (1, 2)).item()
+        _, hidden = mae.MASKS[masking](64, (14, 14), 0.5, torch.Generator().manual_seed(0), "cpu")
+        return sum(marked(hidden, 196).view(64, 14, 14).diff(dim=d).abs().sum() for d in (1, 2)).item()
     assert edges("block") < 0.5 * edges("random")
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_loss_equals_the_obvious_computation_and_ignores_visible_patches(norm_pix_loss):
     model, images = tiny_mae(norm_pix_loss=norm_pix_loss), torch.randn(3, 3, 32, 32)
-    loss, pred, mask = model(images, 0.75)
+    visible, hidden = random_places(3)
+    loss, pred = model(images, visible, hidden)
+    mask = marked(hidden, 16)
     assert mask.sum(1).tolist() == [12] * 3
     errors = []
     for b in range(3):
@@ -217,31 +252,39 @@ def test_loss_equals_the_obvious_computation_and_ignores_visible_patches(norm_pi
 
 
 def test_encoder_never_sees_a_hidden_patch():
-    model, images, noise = tiny_mae().eval(), torch.randn(4, 3, 32, 32), torch.rand(4, 16)
-    latent, mask, _ = model.encode(images, 0.75, noise)
-    pixels = mask.view(4, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    changed, *_ = model.encode(images + 100 * pixels * torch.randn_like(images), 0.75, noise)
-    assert latent.shape == (4, 1 + 4, 128) and torch.equal(latent, changed)
-    visible, *_ = model.encode(images + (1 - pixels), 0.75, noise)
-    assert not torch.allclose(latent, visible)
+    model, images, (visible, hidden) = tiny_mae().eval(), torch.randn(4, 3, 32, 32), random_places(4)
+
+    def latent(images):
+        return inputs_of(model.decoder_embed, lambda: model(images, visible, hidden))[0][0]
+    pixels = marked(hidden, 16).view(4, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    assert latent(images).shape == (4, 1 + 4, 128)
+    assert torch.equal(latent(images), latent(images + 100 * pixels * torch.randn_like(images)))
+    assert not torch.allclose(latent(images), latent(images + (1 - pixels)))
+
+
+def test_predictions_do_not_depend_on_the_order_of_places():
+    model, images, (visible, hidden) = tiny_mae().eval(), torch.randn(4, 3, 32, 32), random_places(4)
+    (loss, pred), (loss2, pred2) = model(images, visible, hidden), model(images, visible.flip(1), hidden.flip(1))
+    assert torch.allclose(pred, pred2, atol=1e-5) and loss.item() == pytest.approx(loss2.item(), abs=1e-6)
 
 
 def test_an_encoder_that_sees_mask_tokens():
     """The option of Table 1c: as many tokens as patches, nothing of the hidden ones, gradient everywhere."""
-    model, images, noise = tiny_mae(encode_mask_tokens=True), torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    loss, _, mask = model(images, 0.75, noise)
-    loss.backward()
+    model, images, (visible, hidden) = tiny_mae(encode_mask_tokens=True), torch.randn(2, 3, 32, 32), random_places(2)
+    model(images, visible, hidden)[0].backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    hidden = common.unpatchify(mask[..., None].expand(-1, -1, 3 * 64), 8, (4, 4))
-    latent = model.encode(images, 0.75, noise)[0]
-    assert latent.shape == (2, 17, 128) and mask.sum() == 2 * 12
-    assert torch.equal(latent, model.encode(images + 5 * hidden, 0.75, noise)[0])
-    assert not torch.equal(latent, model.encode(images + 5 * (1 - hidden), 0.75, noise)[0])
+    pixels = common.unpatchify(marked(hidden, 16)[..., None].expand(-1, -1, 3 * 64), 8, (4, 4))
+
+    def latent(images):
+        return inputs_of(model.decoder_embed, lambda: model(images, visible, hidden))[0][0]
+    assert latent(images).shape == (2, 17, 128)
+    assert torch.equal(latent(images), latent(images + 5 * pixels))
+    assert not torch.equal(latent(images), latent(images + 5 * (1 - pixels)))
 
 
 def test_gradient_reaches_every_parameter():
     model = tiny_mae()
-    model(torch.randn(2, 3, 32, 32))[0].backward()
+    model(torch.randn(2, 3, 32, 32), *random_places(2))[0].backward()
     for name, parameter in model.named_parameters():
         if name in ("pos_embed", "decoder_pos_embed"):
             assert not parameter.requires_grad
@@ -259,8 +302,8 @@ def test_initialisation():
 
 def test_images_of_any_shape_and_channels():
     model = tiny_mae(image_size=(32, 48), channels=5)
-    loss, pred, mask = model(torch.randn(2, 5, 32, 48))
-    assert pred.shape == (2, 24, 320) and mask.shape == (2, 24) and torch.isfinite(loss)
+    loss, pred = model(torch.randn(2, 5, 32, 48), *random_places(2, (4, 6)))
+    assert pred.shape == (2, 24, 320) and torch.isfinite(loss)
 
 
 # ------------------------------------------------------------------------------------------------- schedule, optimizer
@@ -603,12 +646,15 @@ def series(batch=2):
 def test_satmae_loss_equals_the_obvious_computation(norm_pix_loss):
     """In the published order of predictions: the k-th predicted band, in the order of the groups, is band k."""
     model, images = tiny_satmae(bands=GROUPS, norm_pix_loss=norm_pix_loss), torch.randn(2, 5, 32, 32)
-    noise = torch.rand(2, 3 * 16)
-    loss, pred, mask = model(images, 0.75, noise)
-    latent, _, restore = model.encode(images, 0.75, noise)
-    x = torch.cat([model.decoder_embed(latent)[:, 1:], model.mask_token.expand(2, 36, -1)], dim=1)
-    x = torch.stack([x[b, restore[b]] for b in range(2)])
-    x = torch.cat([model.decoder_embed(latent)[:, :1], x], dim=1) + model.decoder_positions()
+    visible, hidden = random_places(2, (3, 4, 4))
+    loss, pred = model(images, visible, hidden)
+    embedded = model.embed(images)
+    latent = model.decoder_embed(model.encode(torch.stack([embedded[b, visible[b]] for b in range(2)])))
+    x = model.mask_token.repeat(2, 48, 1)
+    for b in range(2):
+        x[b, visible[b]] = latent[b, 1:]
+    mask = marked(hidden, 48)
+    x = torch.cat([latent[:, :1], x], dim=1) + model.decoder_positions(None)
     x = model.decoder_norm(model.decoder_blocks[0](x))[:, 1:].view(2, 3, 16, 48)
     outputs = [model.decoder_pred[g](x[:, g]).view(2, 16, -1, 64) for g in range(3)]
     predicted = torch.cat(outputs, dim=2)  # (2, 16, 5, 64)
@@ -630,29 +676,35 @@ def test_satmae_loss_equals_the_obvious_computation(norm_pix_loss):
 @pytest.mark.parametrize("changes", [dict(bands=GROUPS), dict(dates=3)])
 @pytest.mark.parametrize("consistent", [True, False])
 def test_satmae_masks_and_gradients(changes, consistent):
-    model = tiny_satmae(consistent=consistent, **changes)
+    model, grid = tiny_satmae(**changes), (4, 4)
     inputs = series() if "dates" in changes else (torch.randn(2, 5, 32, 32),)
     for masking in ("random", "block", "grid"):
-        noise = model.noise(masking, 2, 0.75, torch.Generator().manual_seed(0), "cpu")
-        loss, _, mask = model(inputs[0], 0.75, noise, *inputs[1:])
-        slices = mask.view(2, 3, 16)
-        assert (mask.sum(dim=1) == 36).all()
+        generator = torch.Generator().manual_seed(0)
+        visible, hidden = mae.masks_of_slices(masking, 3, consistent, 2, grid, 0.75, generator, "cpu")
+        assert visible.shape == (2, 12)
+        both = torch.cat([visible, hidden], dim=1).sort(dim=1).values
+        assert torch.equal(both, torch.arange(48).expand(2, -1))
+        slices = marked(hidden, 48).view(2, 3, 16)
         assert (consistent or masking == "grid") == torch.equal(slices[:, 0], slices[:, 1])  # a grid is always the same
+    loss, _ = model(inputs[0], visible, hidden, *inputs[1:])
     loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_satmae_encoder_never_sees_a_hidden_token():
-    model, images, noise = tiny_satmae(bands=GROUPS), torch.randn(1, 5, 32, 32), torch.rand(1, 48)
-    latent, mask, _ = model.encode(images, 0.75, noise)
-    assert latent.shape == (1, 1 + 12, 128)
+    model, images, (visible, hidden) = tiny_satmae(bands=GROUPS), torch.randn(1, 5, 32, 32), random_places(1, (3, 4, 4))
+    mask = marked(hidden, 48)
+
+    def latent(images):
+        return inputs_of(model.decoder_embed, lambda: model(images, visible, hidden))[0][0]
+    assert latent(images).shape == (1, 1 + 12, 128)
     for g, group in enumerate(GROUPS):
-        hidden = common.unpatchify(mask[:, 16 * g:16 * g + 16, None].expand(-1, -1, 64 * len(group)), 8, (4, 4))
+        pixels = common.unpatchify(mask[:, 16 * g:16 * g + 16, None].expand(-1, -1, 64 * len(group)), 8, (4, 4))
         changed = images.clone()
-        changed[:, list(group)] += 5 * hidden
-        assert torch.equal(latent, model.encode(changed, 0.75, noise)[0])
+        changed[:, list(group)] += 5 * pixels
+        assert torch.equal(latent(images), latent(changed))
         changed[:, list(group)] += 5
-        assert not torch.equal(latent, model.encode(changed, 0.75, noise)[0])
+        assert not torch.equal(latent(images), latent(changed))
 
 
 def test_positions_end_with_the_code_of_group_or_date():
@@ -661,7 +713,7 @@ def test_positions_end_with_the_code_of_group_or_date():
     assert torch.equal(positions[1, :, :64], common.sincos_2d(64, (4, 4)))
     assert torch.equal(positions[2, 5, 64:], common.sincos_1d(64, torch.tensor([2]))[0].float())
     images, stamps = series()
-    codes = mae.codes_of_dates(stamps, 20)
+    codes = mae.codes_of_stamps(stamps, 20)
     assert torch.equal(codes[0, 2, 20:40], common.sincos_1d(20, torch.tensor([0]))[0].float())  # month
     assert torch.equal(codes[1, 0, 40:], common.sincos_1d(20, torch.tensor([10]))[0].float())  # hour
     model = tiny_satmae(dates=3).eval()
@@ -856,7 +908,7 @@ def test_hog_under_autocast_and_compile_and_its_memory():
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss, _ = model(F.interpolate(image, 224), torch.arange(196)[None] < 78)
+        loss, _ = model(F.interpolate(image, 224), torch.arange(78)[None])
     for parameter in model.parameters():
         kept.pop(parameter.data_ptr(), None)
     assert 4 * 3 * 224 ** 2 * 4 < 0.05 * sum(kept.values())
@@ -869,11 +921,13 @@ def test_hog_under_autocast_and_compile_and_its_memory():
                                            ("tube", (8, 14, 14)), ("frame", (8, 14, 14)), ("random", (8, 14, 14))])
 @pytest.mark.parametrize("ratio", [0.2, 0.4, 0.8])
 def test_maskfeat_masks_have_the_asked_number(masking, grid, ratio):
-    draw = lambda seed: maskfeat.MASKINGS[masking](32, grid, ratio, torch.Generator().manual_seed(seed), "cpu")
-    mask, count = draw(0), maskfeat.masked_tokens(masking, grid, ratio)
-    assert mask.shape == (32, math.prod(grid)) and mask.dtype == torch.bool
-    assert mask.sum(1).tolist() == [count] * 32 and abs(count - ratio * math.prod(grid)) <= 0.5 * math.prod(grid) / 8
-    assert torch.equal(mask, draw(0)) and not torch.equal(mask, draw(1))
+    draw = lambda seed: maskfeat.MASKS[masking](32, grid, ratio, torch.Generator().manual_seed(seed), "cpu")
+    (visible, hidden), L = draw(0), math.prod(grid)
+    assert torch.equal(torch.cat([visible, hidden], dim=1).sort(dim=1).values, torch.arange(L).expand(32, -1))
+    assert hidden.dtype == torch.int64 and abs(hidden.shape[1] - ratio * L) <= 0.5 * (L / 8 if masking == "frame" else
+                                                                                      8 if masking == "tube" else 1)
+    assert torch.equal(hidden, draw(0)[1]) and not torch.equal(hidden, draw(1)[1])
+    mask = marked(hidden, L)
     assert len({tuple(row) for row in mask.tolist()}) > (1 if masking == "frame" else 30)
     by_time = mask.view(32, -1, 14 * 14)
     if masking == "tube":
@@ -884,8 +938,9 @@ def test_maskfeat_masks_have_the_asked_number(masking, grid, ratio):
 
 def test_block_and_cube_masks_have_few_edges():
     def edges(masking, grid):
-        mask = maskfeat.MASKINGS[masking](64, grid, 0.4, torch.Generator().manual_seed(0), "cpu").view(64, *grid)
-        return [mask.diff(dim=d).sum().item() for d in range(1, mask.ndim)]
+        _, hidden = maskfeat.MASKS[masking](64, grid, 0.4, torch.Generator().manual_seed(0), "cpu")
+        mask = marked(hidden, math.prod(grid)).view(64, *grid)
+        return [mask.diff(dim=d).abs().sum().item() for d in range(1, mask.ndim)]
     for masking, grid in (("block", (14, 14)), ("cube", (8, 14, 14))):
         assert all(few < 0.5 * many for few, many in zip(edges(masking, grid), edges("random", grid)))
     # A cube has sides in space, which frames have not, and in time, which tubes have not.
@@ -903,12 +958,11 @@ def test_maskfeat_loss_equals_the_obvious_computation(frames, target):
     model = tiny_maskfeat(frames=frames, tubelet=2 if frames > 1 else 1, target=target, cell=4)
     pixels = torch.randn(3, 3, frames, 32, 32)
     masking = "cube" if frames > 1 else "block"
-    mask = maskfeat.MASKINGS[masking](3, model.grid, 0.4, torch.Generator().manual_seed(0), "cpu")
-    loss, pred = model(pixels if frames > 1 else pixels[:, :, 0], mask)
-    assert torch.equal(loss, model(pixels if frames > 1 else pixels[:, :, 0], mask, int(mask[0].sum()))[0])
+    _, hidden = maskfeat.MASKS[masking](3, model.grid, 0.4, torch.Generator().manual_seed(0), "cpu")
+    loss, pred = model(pixels if frames > 1 else pixels[:, :, 0], hidden)
     errors = []
     for b in range(3):
-        for n, token in enumerate(mask[b].nonzero()[:, 0].tolist()):  # in raster order, time first
+        for n, token in enumerate(hidden[b].tolist()):
             time, row, column = token // 16, token % 16 // 4, token % 4
             frame = pixels[b, :, 2 * time]  # the first of the tubelet
             if target == "hog":
@@ -938,20 +992,18 @@ def test_targets_belong_to_their_own_cell_alone(frames):
 
 def test_predictions_do_not_depend_on_what_is_masked():
     model, images = tiny_maskfeat().eval(), torch.randn(4, 3, 32, 32)
-    mask = maskfeat.block_mask(4, (4, 4), 0.4, torch.Generator().manual_seed(0), "cpu")
-    hidden = mask.view(4, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    pred = model(images, mask)[1]
-    assert torch.equal(pred, model(images + 100 * hidden * torch.randn_like(images), mask)[1])
-    assert not torch.allclose(pred, model(images + ~hidden, mask)[1])
-    with pytest.raises(ValueError, match="same number"):
-        model(images, torch.eye(4, 16).cumsum(0).bool())
+    _, hidden = maskfeat.block_mask(4, (4, 4), 0.4, torch.Generator().manual_seed(0), "cpu")
+    pixels = marked(hidden, 16).view(4, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    pred = model(images, hidden)[1]
+    assert torch.equal(pred, model(images + 100 * pixels * torch.randn_like(images), hidden)[1])
+    assert not torch.allclose(pred, model(images + (1 - pixels), hidden)[1])
 
 
 @pytest.mark.parametrize("frames", [1, 4])
 def test_gradient_reaches_every_parameter_of_maskfeat(frames):
     model = tiny_maskfeat(frames=frames, tubelet=2 if frames > 1 else 1)
-    mask = maskfeat.random_mask(2, model.grid, 0.4, None, "cpu")
-    model(torch.randn(2, 3, *([frames] if frames > 1 else []), 32, 32), mask)[0].backward()
+    _, hidden = maskfeat.random_mask(2, model.grid, 0.4, None, "cpu")
+    model(torch.randn(2, 3, *([frames] if frames > 1 else []), 32, 32), hidden)[0].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
     assert {"mask_token", "cls_token", "pos_embed"} < dict(model.named_parameters()).keys()  # positions are learned
@@ -1168,55 +1220,60 @@ def test_vjepa_masks_are_pairs_in_raster_order(masking, context_frames):
     grid, args = (8, 6, 6), mask_args(masking=masking, mask_ratio=0.9, context_frames=context_frames, batch_size=16,
                                       mask_group=16)
     for step in range(20):
-        context, target = vjepa.draw_masks(args, grid, step, slice(0, 16), "cpu")
-        assert len(context) == len(target) == (2 if masking == "multiblock" else 1)
-        for context_ids, target_ids in zip(context, target):
-            assert (context_ids.diff(dim=1) > 0).all() and (target_ids.diff(dim=1) > 0).all()
-            assert context_ids.shape[1] > 0
-            both = torch.cat([context_ids, target_ids], dim=1)
+        lists = vjepa.draw_masks(args, grid, step, slice(0, 16), "cpu")
+        assert len(lists[0]) == len(lists[1]) == (2 if masking == "multiblock" else 1)
+        for visible, hidden in zip(*lists):
+            assert (visible.diff(dim=1) > 0).all() and (hidden.diff(dim=1) > 0).all()
+            assert visible.shape[1] > 0
+            both = torch.cat([visible, hidden], dim=1)
             assert all(len(set(row)) == len(row) for row in both.tolist()) and both.max() < 8 * 36
-            assert len({tuple(row) for row in context_ids.tolist()}) > 1  # places are drawn for each clip
-            assert (context_ids < 3 * 36).all() or not context_frames
+            assert len({tuple(row) for row in visible.tolist()}) > 1  # places are drawn for each clip
+            assert (visible < 3 * 36).all() or not context_frames
 
 
 def test_vjepa_masks_do_not_depend_on_the_processes():
     args = mask_args(batch_size=16, mask_group=8)
     for groups in (mask_args(batch_size=16, mask_group=8), mask_args(batch_size=16, mask_group=11)):
-        context, target = vjepa.draw_masks(groups, (4, 6, 6), 3, slice(8, 16), "cpu")
+        visible, hidden = vjepa.draw_masks(groups, (4, 6, 6), 3, slice(8, 16), "cpu")
         for start in (8, 12):  # two processes share a group
             rows = vjepa.draw_masks(args, (4, 6, 6), 3, slice(start, start + 4), "cpu")
-            for mine, whole in zip(rows[0] + rows[1], context + target):
+            for mine, whole in zip(rows[0] + rows[1], visible + hidden):
                 assert torch.equal(mine, whole[start - 8:start - 4])
     heights = {vjepa.draw_masks(mask_args(batch_size=64, mask_group=1, masking="block"), (2, 9, 9), 0, slice(i, i + 1),
                                 "cpu")[1][0].shape[1] for i in range(32)}
     assert len(heights) == 1  # a single block: its size is that of the step, also in other groups
 
 
+def contexts_of(model, clips, visible, hidden):
+    """What the x-encoder makes of the context, for each mask."""
+    return [context for context, *_ in inputs_of(model.predictor, lambda: model(clips, visible, hidden))]
+
+
 def test_context_never_sees_a_target():
     model, clips = tiny_vjepa(), torch.randn(4, 3, 4, 32, 32)
-    context_ids, target_ids = tiny_masks()
-    before = model.encode_context(clips, context_ids)
+    visible, hidden = tiny_masks()
+    before = contexts_of(model, clips, visible, hidden)
     for kind in (0, 1):
-        is_target = torch.zeros(4, 32).scatter_(1, target_ids[kind], 1.0).view(4, 1, 2, 4, 4)
+        is_target = marked(hidden[kind], 32).view(4, 1, 2, 4, 4)
         pixels = is_target.repeat_interleave(2, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
-        after = model.encode_context(clips + 100 * pixels * torch.randn_like(clips), context_ids)
-        assert torch.equal(before[kind], after[kind]) and before[kind].shape[1] == context_ids[kind].shape[1]
-        assert not torch.allclose(before[kind], model.encode_context(clips + (1 - pixels), context_ids)[kind])
+        after = contexts_of(model, clips + 100 * pixels * torch.randn_like(clips), visible, hidden)
+        assert torch.equal(before[kind], after[kind]) and before[kind].shape[1] == visible[kind].shape[1]
+        assert not torch.allclose(before[kind], contexts_of(model, clips + (1 - pixels), visible, hidden)[kind])
 
 
 @pytest.mark.parametrize("target", ["latent", "pixels"])
 def test_vjepa_loss_equals_the_obvious_computation(target):
     model, clips = tiny_vjepa(target=target), torch.randn(3, 3, 4, 32, 32)
-    context_ids, target_ids = tiny_masks(3)
+    visible, hidden = tiny_masks(3)
     for parameter in model.target_encoder.parameters():
         parameter.data += 0.01  # another network than the x-encoder
     by_mask = []
     for kind in (0, 1):
         errors = []
         for b in range(3):
-            pred = model.predictor(model.encode_context(clips, context_ids)[kind][b:b + 1], context_ids[kind][b:b + 1],
-                                   target_ids[kind][b:b + 1], kind)[0]
-            for place, value in zip(target_ids[kind][b].tolist(), pred):
+            pred = model.predictor(contexts_of(model, clips, visible, hidden)[kind][b:b + 1], visible[kind][b:b + 1],
+                                   hidden[kind][b:b + 1], kind)[0]
+            for place, value in zip(hidden[kind][b].tolist(), pred):
                 if target == "latent":
                     wanted = model.target_encoder.tokens(clips[b:b + 1])[0, place]
                     errors.append(((wanted - wanted.mean()) / (wanted.var(unbiased=False) + 1e-5).sqrt() - value).abs())
@@ -1226,7 +1283,7 @@ def test_vjepa_loss_equals_the_obvious_computation(target):
                     wanted = wanted.permute(1, 2, 3, 0).flatten()
                     errors.append(((wanted - wanted.mean()) / (wanted.var() + 1e-6).sqrt() - value) ** 2)
         by_mask.append(torch.stack(errors).mean())
-    assert torch.allclose(model(clips, context_ids, target_ids), sum(by_mask) / 2, atol=1e-6)
+    assert torch.allclose(model(clips, visible, hidden), sum(by_mask) / 2, atol=1e-6)
     targets = model.targets(clips)
     assert targets.mean(-1).abs().max() < 1e-5 and targets.var(-1).sub(1).abs().max() < 0.02
 
@@ -1254,12 +1311,12 @@ def test_target_encoder_is_the_closed_form_of_the_average():
 
 def test_predictions_depend_on_the_place_of_the_target_and_on_the_mask_token():
     model, context = tiny_vjepa(), torch.randn(1, 5, 128)
-    context_ids, target_ids = torch.arange(5)[None], torch.arange(10, 14)[None]
-    pred = model.predictor(context, context_ids, target_ids, 0)
-    assert torch.allclose(model.predictor(context, context_ids, target_ids.flip(1), 0), pred.flip(1), atol=1e-6)
+    visible, hidden = torch.arange(5)[None], torch.arange(10, 14)[None]
+    pred = model.predictor(context, visible, hidden, 0)
+    assert torch.allclose(model.predictor(context, visible, hidden.flip(1), 0), pred.flip(1), atol=1e-6)
     assert not torch.allclose(pred[0, 0], pred[0, 1], atol=1e-3)
     model.predictor.mask_tokens[1].data.normal_()
-    assert not torch.allclose(model.predictor(context, context_ids, target_ids, 1), pred, atol=1e-3)
+    assert not torch.allclose(model.predictor(context, visible, hidden, 1), pred, atol=1e-3)
 
 
 def test_segments_are_attended_together_and_views_averaged():
@@ -1473,9 +1530,9 @@ def test_a_loss_that_is_not_finite(precision, folder, tmp_path, monkeypatch):
     forward, steps = mae.MAE.forward, []
 
     def overflow(model, *arguments, **options):
-        loss, pred, mask = forward(model, *arguments, **options)
+        loss, pred = forward(model, *arguments, **options)
         steps.append(loss)
-        return loss * (math.inf if len(steps) == 4 else 1), pred, mask
+        return loss * (math.inf if len(steps) == 4 else 1), pred
     monkeypatch.setattr(mae.MAE, "forward", overflow)
     flags = ["--data", folder, "--steps", 8, "--save-every", 3, *TINY_FLAGS, "--log-every", 2, "--out", tmp_path]
     if precision == "fp16":
@@ -1726,10 +1783,9 @@ def test_steps_on_a_gpu(method, tiny, where, precision, compiled, request, tmp_p
 def test_bf16_on_a_gpu_agrees_with_float32_on_a_cpu(kind):
     torch.manual_seed(0)
     if kind == "mae":
-        model, inputs = tiny_mae(), [torch.randn(8, 3, 32, 32), 0.75, torch.rand(8, 16)]
+        model, inputs = tiny_mae(), [torch.randn(8, 3, 32, 32), *random_places(8)]
     elif kind == "maskfeat":
-        mask = maskfeat.random_mask(8, (4, 4), 0.5, torch.Generator().manual_seed(0), "cpu")
-        model, inputs = tiny_maskfeat(), [torch.randn(8, 3, 32, 32), mask, 8]
+        model, inputs = tiny_maskfeat(), [torch.randn(8, 3, 32, 32), random_places(8)[1]]
     else:
         model, inputs = tiny_vjepa(), [torch.randn(8, 3, 4, 32, 32), *tiny_masks(8)]
     with torch.no_grad():
@@ -1905,8 +1961,8 @@ def test_bad_input_gets_one_sentence(arguments, message, tmp_path, monkeypatch, 
     (["--frames", "8", "--masking", "block"], "--masking block is for images"),
     (["--frames", "7"], "7 frames are not a multiple of the tubelet of"),
     (["--cell", "3"], "whole cells of 3"),
-    (["--mask-ratio", "0.005"], "masks none or all"),
-    (["--frames", "8", "--masking", "frame", "--mask-ratio", "0.95"], "masks none or all"),
+    (["--mask-ratio", "0.005"], "hides none or all"),
+    (["--frames", "8", "--masking", "frame", "--mask-ratio", "0.95"], "hides none or all"),
     (["--data", "cifar10", "--frames", "8"], "no clips"),
     (["--data", empty_folder, "--frames", "8"], "no video and no folder of frames"),
     (["--data", unreadable_folder, "--frames", "8"], "none of the files can be read"),

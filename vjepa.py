@@ -37,7 +37,7 @@ from tqdm import tqdm
 import data
 from common import (MLP, Block, Log, UserError, ViT, accuracy, cosine, is_rank_0, join_processes, load_strictly,
                     mix_seed, no_sync, open_run, parameter_groups, parse_command_line, precision_of, read_weights,
-                    ridge_probe, run_main, save_pictures, save_run, settings_of, sincos_3d)
+                    ridge_probe, run_main, save_pictures, save_run, settings_of, sincos_3d, take)
 
 # Each entry is (paper's value, demo's value) and also a flag, explained below.
 MODEL = {
@@ -134,8 +134,8 @@ FLAGS = {  # beside those of common.py
 
 
 # ----------------------------------------------------------------------------------------------------------- masking
-# A mask of a batch is a pair of token indices, context_ids (B, N) and target_ids (B, M). Tokens are in the raster order
-# of the grid (times, rows, columns). All clips need the same N and M: the lists are cut to the shortest of the batch.
+# A mask is two lists of places, visible (B, N), the context, and hidden (B, M), the targets: numbers of tokens in the
+# raster order of the grid (times, rows, columns). All clips need the same N and M: the lists are cut to the shortest.
 
 
 def block_size(grid, scale, generator):
@@ -148,36 +148,36 @@ def block_size(grid, scale, generator):
 
 
 def multiblock_mask(batch, grid, blocks, size, generator, device, context_times=None):
-    """The targets are the union of `blocks` blocks at random places, over all time; the context is the rest.
+    """The union of `blocks` blocks at random places is hidden, over all time.
 
-    size: (height, width) of a block, tokens. context_times: the context ends after that many time steps, and all that
-    follows is a target (causal multi-block). Clips whose context would be empty are drawn again.
+    size: (height, width) of a block, tokens. context_times: after that many time steps everything is hidden (causal
+    multi-block). Clips of which nothing would be visible are drawn again.
     """
     rows, columns = grid[-2:]
     row, column = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
-    context = torch.zeros(batch, rows, columns, dtype=torch.bool, device=device)
-    while (empty := ~context.flatten(1).any(dim=1)).any():
+    seen = torch.zeros(batch, rows, columns, dtype=torch.bool, device=device)
+    while (empty := ~seen.flatten(1).any(dim=1)).any():
         place = torch.rand(2, batch, blocks, 1, 1, generator=generator, device=device)
         top, left = (place[0] * (rows - size[0] + 1)).floor(), (place[1] * (columns - size[1] + 1)).floor()
-        hidden = (row >= top) & (row < top + size[0]) & (column >= left) & (column < left + size[1])
-        context[empty] = ~hidden.any(dim=1)[empty]
-    return over_time(context.flatten(1), grid[0], context_times)
+        inside = (row >= top) & (row < top + size[0]) & (column >= left) & (column < left + size[1])
+        seen[empty] = ~inside.any(dim=1)[empty]
+    return over_time(seen.flatten(1), grid[0], context_times)
 
 
 def tube_mask(batch, grid, ratio, generator, device, context_times=None):
-    """Random places are the targets, the same at all times."""
+    """Random places are hidden, the same at all times."""
     noise = torch.rand(batch, grid[1] * grid[2], generator=generator, device=device)
     kept = max(1, int(noise.shape[1] * (1 - ratio)))
-    context = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, noise.topk(kept, dim=1).indices, True)
-    return over_time(context, grid[0], context_times)
+    seen = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, noise.topk(kept, dim=1).indices, True)
+    return over_time(seen, grid[0], context_times)
 
 
-def over_time(context, times, context_times=None):
-    """Context places (batch, rows*columns) bool -> (context_ids, target_ids), each cut to the shortest of the batch."""
-    early = torch.arange(times, device=context.device) < (context_times or times)
-    context = (context[:, None] & early[:, None]).flatten(1)  # (batch, L)
+def over_time(seen, times, context_times=None):
+    """Places of a frame (batch, rows*columns), True = visible -> (visible, hidden) of the clip, cut to the shortest."""
+    early = torch.arange(times, device=seen.device) < (context_times or times)
+    seen = (seen[:, None] & early[:, None]).flatten(1)  # (batch, L)
     pair = []
-    for mask in (context, ~context):
+    for mask in (seen, ~seen):
         lengths = mask.sum(dim=1)
         starts = (lengths.cumsum(dim=0) - lengths)[:, None]  # of each clip in the list of all tokens that are not 0
         first = starts + torch.arange(int(lengths.min()), device=mask.device)  # what is cut is late in time
@@ -193,7 +193,7 @@ MASKS = {  # (blocks, share of the frame that a block takes) of each mask of a c
 
 
 def draw_masks(args, grid, step, rows, device):
-    """The masks of some rows (a slice) of a step's batch: ([context_ids, ...], [target_ids, ...]), an entry per mask.
+    """The masks of some rows (a slice) of a step's batch: ([visible, ...], [hidden, ...]), an entry per mask of a clip.
 
     The sizes of blocks depend on (seed, step) alone. Places are drawn for a group of `mask_group` clips, and cut to the
     shortest of the group, as the published code does for the 24 clips of a GPU. While a group holds whole passes, the
@@ -204,7 +204,7 @@ def draw_masks(args, grid, step, rows, device):
     size = max(share, args.mask_group // share * share)  # a group holds whole shares
     group = rows.start // size
     context_times = max(1, args.context_frames // args.tubelet) if args.context_frames else None
-    context_ids, target_ids = [], []
+    visible, hidden = [], []
     for kind, (blocks, scale) in enumerate(MASKS[args.masking]):
         generator = torch.Generator().manual_seed(mix_seed(args.seed, step, kind, group))
         scale = scale or args.mask_ratio
@@ -214,20 +214,15 @@ def draw_masks(args, grid, step, rows, device):
             of_step = torch.Generator().manual_seed(mix_seed(args.seed, step, kind))
             block = block_size(grid, scale, of_step)
             pair = multiblock_mask(size, grid, blocks, block, generator, "cpu", context_times)
-        for ids, chosen in zip((context_ids, target_ids), pair):
-            chosen = chosen[rows.start - group * size:rows.stop - group * size]
+        for lists, ids in zip((visible, hidden), pair):
+            ids = ids[rows.start - group * size:rows.stop - group * size]
             if torch.device(device).type == "cuda":
-                chosen = chosen.pin_memory()  # from other memory the copy may wait for the GPU
-            ids.append(chosen.to(device, non_blocking=True))
-    return context_ids, target_ids
+                ids = ids.pin_memory()  # from other memory the copy may wait for the GPU
+            lists.append(ids.to(device, non_blocking=True))
+    return visible, hidden
 
 
 # -------------------------------------------------------------------------------------------------------------- model
-
-
-def take(x, ids):
-    """The tokens (B, N, D) of x (B, L, D) at ids (B, N)."""
-    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def initialise(module):
@@ -254,12 +249,12 @@ class Predictor(nn.Module):
         self.predictor_proj = nn.Linear(width, out_dim)
         initialise(self)
 
-    def forward(self, context, context_ids, target_ids, kind):
-        """context (B, N, D), context_ids (B, N), target_ids (B, M), kind of the mask -> (B, M, out_dim)."""
+    def forward(self, context, visible, hidden, kind):
+        """context (B, N, D), places visible (B, N) and hidden (B, M), kind of the mask -> (B, M, out_dim)."""
         positions = self.predictor_pos_embed.expand(len(context), -1, -1)  # (B, L, P)
-        x = self.predictor_embed(context) + take(positions, context_ids)  # (B, N, P)
-        targets = self.mask_tokens[kind] + take(positions, target_ids)  # (B, M, P)
-        x = torch.cat([x, targets], dim=1)  # (B, N + M, P)
+        x = self.predictor_embed(context) + take(positions, visible)  # (B, N, P)
+        mask_tokens = self.mask_tokens[kind] + take(positions, hidden)  # (B, M, P)
+        x = torch.cat([x, mask_tokens], dim=1)  # (B, N + M, P)
         for block in self.predictor_blocks:
             x = block(x)
         return self.predictor_proj(self.predictor_norm(x[:, context.shape[1]:]))
@@ -283,17 +278,6 @@ class VJEPA(nn.Module):
                                    dim if target == "latent" else pixels)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False).eval()
 
-    def encode_context(self, clips, context_ids):
-        """The x-encoder on the context tokens alone, one mask after the other: a list of (B, N, D)."""
-        embedded = self.encoder.embed(clips)  # (B, L, D)
-        contexts = []
-        for ids in context_ids:
-            x = take(embedded, ids)  # (B, N, D)
-            for block in self.encoder.blocks:
-                x = block(x)
-            contexts.append(self.encoder.norm(x))
-        return contexts
-
     @torch.no_grad()
     def targets(self, clips):
         """What is to be predicted at each token, each normalised by its own mean and deviation: (B, L, K), float32."""
@@ -305,16 +289,18 @@ class VJEPA(nn.Module):
         tubelets = tubelets.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)  # (B, L, tubelet*P*P*C)
         return (tubelets - tubelets.mean(-1, keepdim=True)) / (tubelets.var(-1, keepdim=True) + 1e-6).sqrt()
 
-    def forward(self, clips, context_ids, target_ids):
-        """clips (B, C, T, H, W), lists of context_ids (B, N) and target_ids (B, M), one entry per mask kind -> loss.
+    def forward(self, clips, visible, hidden):
+        """clips (B, C, T, H, W), lists of places visible (B, N) and hidden (B, M), an entry per kind of mask -> loss.
 
         L1 in latent space, mean squared error for pixels; the mean over the kinds of masks.
         """
-        targets = self.targets(clips)
+        targets = self.targets(clips)  # (B, L, K)
+        embedded = self.encoder.embed(clips)  # (B, L, D)
         losses = []
-        for kind, context in enumerate(self.encode_context(clips, context_ids)):
-            pred = self.predictor(context, context_ids[kind], target_ids[kind], kind)  # (B, M, K)
-            error = pred.float() - take(targets, target_ids[kind])
+        for kind, (seen, unseen) in enumerate(zip(visible, hidden)):
+            context = self.encoder.encode(take(embedded, seen))  # (B, N, D)
+            pred = self.predictor(context, seen, unseen, kind)  # (B, M, K)
+            error = pred.float() - take(targets, unseen)
             losses.append(error.abs().mean() if self.target == "latent" else error.square().mean())
         return torch.stack(losses).mean()
 
@@ -455,16 +441,16 @@ def pretrain(args):
 
         for part in range(args.accumulate):
             rows = data.rows_of_process(args.batch_size, args.accumulate, part, rank, processes)
-            context_ids, target_ids = draw_masks(args, model.encoder.grid, step, rows, device)
+            visible, hidden = draw_masks(args, model.encoder.grid, step, rows, device)
             clips, _ = next(batches)
             if args.compile:
                 # The lengths change from step to step: told so, the compiler makes one graph for all of them, instead
                 # of a new one for each.
-                for ids in context_ids + target_ids:
+                for ids in visible + hidden:
                     torch._dynamo.maybe_mark_dynamic(ids, 1)
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:
-                    loss = net(clips, context_ids, target_ids)
+                    loss = net(clips, visible, hidden)
                 scaler.scale(loss / args.accumulate).backward()
             log.losses.append(loss.detach())
         if args.clip_grad and step >= args.warmup * args.steps:
@@ -699,9 +685,9 @@ def save_picture(encoder, clip, args):
         tokens = encoder.eval().tokens(clip[None].to(device))[0].float().cpu()[-times * rows * columns:]  # (L, D)
     frames = clip[:, ::args.tubelet].transpose(0, 1).cpu()  # (times, C, H, W)
     frames = frames * torch.tensor(args.std).view(-1, 1, 1) + torch.tensor(args.mean).view(-1, 1, 1)
-    context_ids, _ = draw_masks(args, encoder.grid, 0, slice(0, 1), "cpu")
+    visible, _ = draw_masks(args, encoder.grid, 0, slice(0, 1), "cpu")
     shown = [frames]
-    for ids in context_ids:
+    for ids in visible:
         seen = torch.zeros(1, times * rows * columns).scatter_(1, ids, 1.0).view(times, 1, rows, columns)
         shown.append(torch.where(F.interpolate(seen, frames.shape[-2:]) > 0, frames, 0.5))
     shown.append(F.interpolate(colours(tokens).T.reshape(3, times, rows, columns).transpose(0, 1), frames.shape[-2:]))
