@@ -1,8 +1,8 @@
 """What the three methods share: the blocks of a Vision Transformer, and the plumbing of a run.
 
-The first half is the model (Dosovitskiy et al. 2021, arXiv 2010.11929). Its parameters carry the names of timm and of
-the published MAE code, so that weights travel both ways. The second half has nothing to teach about any method:
-process group, seeds, schedule, parameter groups, checkpoints, log, command line.
+The first part is the model (Dosovitskiy et al. 2021, arXiv 2010.11929). Its parameters carry the names of timm and of
+the published MAE code, so that weights travel both ways. The rest has nothing to teach about any method: weights,
+processes, schedule, the run with its log and checkpoints, the supervised loop, the command line.
 
 Shapes: B images in the batch, L patches of one image, N tokens in a sequence, D the width of a token, C channels,
 P the side of a patch in pixels, T frames of a clip.
@@ -10,6 +10,7 @@ P the side of a patch in pixels, T frames of a clip.
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import StochasticDepth
 from torchvision.utils import make_grid, save_image
@@ -386,143 +388,30 @@ def load_strictly(model, weights, path):
     model.load_state_dict(weights)
 
 
-def settings_of(args):
-    """What a run depends on, as plain values: all flags but those on where and how it runs."""
-    technical = ("task", "recipe", "out", "fresh", "device", "compile", "workers", "log_every", "save_every", "epochs",
-                 "measure", "eval_only", "image", "views", "accumulate", "precision", "probe_every", "probe_labels",
-                 "benchmark", "classifier")
-    settings = {name: value for name, value in vars(args).items() if name not in technical and value is not None}
-    if args.data and args.data != "cifar10":
-        settings["data"] = str(Path(args.data).resolve())
-    return settings
-
-
-def write_whole(path, write):
-    """Fill a file by `write(file)` under another name, then rename it: under its own it is whole at every moment."""
-    partial = path.with_suffix(".partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.name == "last.pt" and path.exists():
-            os.replace(path, path.with_name("previous.pt"))
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        partial.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise UserError(f"{path} could not be written ({reason}); what stood there before is untouched") from None
-
-
-def save_run(args, settings, step, model, optimizer, scaler, name="last.pt"):
-    """Rank 0 writes the checkpoint DIR/`name`; the last.pt of before is kept as previous.pt.
-
-    A UserError if it cannot: for last.pt in all processes, which all have to call this.
-    """
-    failure = None
-    if is_rank_0():
-        weights = model.state_dict()
-        checkpoint = {"settings": settings, "step": step, "model": weights, "optimizer": optimizer.state_dict(),
-                      "scaler": scaler.state_dict(), "processes": number_of_processes()}
-        try:
-            if not torch.stack([weight.isfinite().all() for weight in weights.values()]).all():
-                raise UserError(f"step {step} made weights that are not finite, so they are not saved: lower --base-lr")
-            write_whole(Path(args.out, name), lambda file: torch.save(checkpoint, file))
-        except UserError as error:
-            failure = error
-    if name == "last.pt" and sum_over_processes(torch.tensor(int(failure is not None))):
-        failure = failure or UserError("rank 0 could not save the run")
-    if failure:
-        raise failure
-
-
-def make_folder(path):
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder --out {path} cannot be made: {error.strerror}") from None
-
-
-def open_run(args, model, optimizer, scaler):
-    """Make the folder --out ready, go on with the run in it if there is one, and return the step to start from.
-
-    A broken last.pt is put aside as last.broken.pt and previous.pt is used. A folder with a run of other settings is
-    left alone with a UserError, unless --fresh.
-    """
-    if args.benchmark:
-        return 0
-    settings = settings_of(args)
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        args.fresh = False  # torchrun has started it again after a crash
-    out, first_step, broken = Path(args.out), 0, False
-    found = [] if args.fresh else [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
-    if found:
-        try:
-            checkpoint = read_checkpoint(found[0])
-        except BrokenCheckpoint as error:
-            if len(found) == 1:
-                raise UserError(f"{error}, and there is no other to go on from: --fresh starts over") from None
-            if is_rank_0():
-                print(f"{error}: going on from {found[1]}", file=sys.stderr)
-            checkpoint, broken = read_checkpoint(found[1]), True
-        old = checkpoint.get("settings", {})
-        changed = [f"{name} {old.get(name)} there, {settings.get(name)} now" for name in {**old, **settings}
-                   if old.get(name) != settings.get(name)]
-        if changed:
-            raise UserError(f"{out} holds a run with other settings ({'; '.join(changed[:5])}): "
-                            "give another --out, or --fresh to start over")
-        load_strictly(model, checkpoint["model"], found[broken])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # it is empty unless the run was in fp16
-            scaler.load_state_dict(checkpoint["scaler"])
-        first_step, before, now = checkpoint["step"], checkpoint["processes"], number_of_processes()
-        if before != now and is_rank_0():
-            print(f"so far {before} processes made this run, now {now}: sums round differently, and drop path, MixUp "
-                  "and CutMix are drawn by process", file=sys.stderr)
-    make_folder(out)
-    if sum_over_processes(torch.tensor(first_step)) != first_step * number_of_processes():
-        raise UserError(f"not all processes see the same {out}/last.pt: --out must be a folder that all machines share")
-    if is_rank_0():
-        for path in (out / "last.pt", out / "previous.pt", out / "best.pt") if args.fresh else ():
-            if path.exists():
-                os.replace(path, path.with_suffix(".old.pt"))
-        if broken:
-            os.replace(found[0], out / "last.broken.pt")
-        log = out / "log.jsonl"  # the steps after the checkpoint are written anew
-        lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
-        lines = [line + "\n" for line in lines if json.loads(line)["step"] <= first_step]
-        write_whole(log, lambda file: file.write("".join(lines).encode()))
-        print(f"step {first_step} of {args.steps} in {out}; " + ", ".join(f"{n}={v}" for n, v in settings.items()))
-    return first_step
-
-
 # -------------------------------------------------------------------------------------------------- processes, seeds
 
 
-def join_processes(device=None):
-    """Join the process group that torchrun's environment describes, or stay alone. Returns (device, rank, processes).
+def join_processes(args):
+    """Join the process group that torchrun's environment describes, or stay alone: args get `rank` and `processes`.
 
-    device: "cuda", "cpu", "mps" or None for the best one there is. NCCL joins the GPUs, gloo the CPUs.
+    NCCL joins the GPUs, gloo the CPUs. Returns the device of this process.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else
-                        "mps" if torch.backends.mps.is_available() else "cpu")
-    if not {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device, lambda: True)():
-        raise UserError(f"this machine has no device {device}")
     torch.backends.cudnn.allow_tf32 = False  # with --precision fp32, convolutions too are in float32
+    args.rank, args.processes = 0, 1
     if "RANK" not in os.environ:
-        return torch.device(device), 0, 1
-    store, rank, processes = next(dist.rendezvous("env://"))
+        return torch.device(args.device)
+    store, args.rank, args.processes = next(dist.rendezvous("env://"))
     # When torchrun starts all processes again after a crash, the store still has the addresses of the dead ones.
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     patience = datetime.timedelta(minutes=30)  # while rank 0 draws the picture and runs the probe
-    named = {"store": store, "rank": rank, "world_size": processes, "timeout": patience}
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device), **named)
-    else:
-        dist.init_process_group("gloo", **named)
-    return torch.device(device), dist.get_rank(), dist.get_world_size()
+    group = {"store": store, "rank": args.rank, "world_size": args.processes, "timeout": patience}
+    if args.device == "cpu":
+        dist.init_process_group("gloo", **group)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **group)
+    return device
 
 
 def leave_processes():
@@ -532,19 +421,6 @@ def leave_processes():
         # Python to free the tensors of the last operation. Asleep, Python is not locked.
         time.sleep(0.5)
         dist.destroy_process_group()
-
-
-def is_rank_0():
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def number_of_processes():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def sum_over_processes(tensor):
@@ -559,14 +435,11 @@ def mix_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def precision_of(args, device):
-    """(autocast context, GradScaler) for --precision: by default bf16 if the GPU has it, else fp16; fp32 on a CPU."""
-    if args.precision is None:
-        args.precision = "fp32" if device.type != "cuda" else \
-            "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+def precision_of(args):
+    """(autocast context, GradScaler) for --precision; only fp16 needs the scaler."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(args.device, dtype=dtype, enabled=dtype != torch.float32)
+    return autocast, torch.amp.GradScaler(args.device, enabled=dtype == torch.float16)
 
 
 def no_sync(model, last):
@@ -610,184 +483,209 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, no_decay=()):
     return list(groups.values())
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def accuracy(model, batches, device, autocast):
-    """(top-1, top-5) in percent over the batches of all processes; samples with the label -1 do not count.
-
-    Of several clips of a video, (B, views, C, T, H, W), the logits are averaged.
-    """
-    hits = torch.zeros(3, device=device)  # in the first 1, in the first 5, samples
-    model.eval()
-    for buffer in model.buffers() if dist.is_initialized() else ():  # BatchNorm's statistics: those of the checkpoint
-        dist.broadcast(buffer, 0)
-    for batch in batches:
-        pixels, labels, *dates = (x.to(device, non_blocking=True) for x in batch)  # dates: of SatMAE
-        labels = labels[:, None]
-        with autocast:
-            if pixels.ndim == 6:
-                logits = model(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).mean(dim=1)
-            else:
-                logits = model(pixels, *dates)
-        correct = logits.topk(min(5, logits.shape[1])).indices == labels  # (B, 5)
-        hits += torch.stack([correct[:, 0].sum(), correct.sum(), (labels >= 0).sum()])
-    top1, top5, count = sum_over_processes(hits).tolist()
-    return 100 * top1 / max(1, count), 100 * top5 / max(1, count)
-
-
-def ridge_probe(train_features, train_labels, features, labels, penalty=1e-4):
-    """Accuracy in percent of a linear classifier on frozen features: ridge regression to one-hot labels.
-
-    features (N, D), labels (N,). Closed form, so it needs no tuning and costs no training. Features are standardised
-    by the training set; `penalty` is relative to the number of training samples.
-    """
-    mean, std = train_features.double().mean(0), train_features.double().std(0) + 1e-6
-    x, x_test = ((f.double() - mean) / std for f in (train_features, features))
-    y = F.one_hot(train_labels.long()).double()
-    bias = y.mean(0)
-    gram = x.T @ x + penalty * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    weights = torch.linalg.solve(gram, x.T @ (y - bias))
-    return 100 * ((x_test @ weights + bias).argmax(1) == labels).double().mean().item()
-
-
-# --------------------------------------------------------------------------------------------------- log, command line
-
+# ------------------------------------------------------------------------------------------------------ a training run
 
 WARM_STEPS = 5  # of a benchmark
 PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12,  # dense bf16, from NVIDIA's data sheets
               "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
 
 
-class Benchmark:
-    """Times the steps of the training loop after `WARM_STEPS` and prints one line of JSON.
+class Run:
+    """A training run: it goes on from the last checkpoint in --out, or starts there.
 
-    The floating-point operations of the matrix products and of attention, forward and backward (with its scores
-    computed once more), are counted in the first step, without torch.compile. The memory is that of the device, or on a
-    CPU of the whole process.
+    The loop begins at `step`, appends the loss of each pass to `losses` and calls `step_done` after each step, `close`
+    after all. That makes the progress bar, a line per record in DIR/log.jsonl, TensorBoard's files if it is installed,
+    and the checkpoints. Until `close`, SIGINT and SIGTERM are only noted, so that the step can be finished and saved;
+    a second SIGINT ends the process at once. With --benchmark nothing is read or written: see `time_step`.
     """
 
-    def __init__(self, args, unit):
-        self.args, self.unit = args, unit
-        self.counting = contextlib.ExitStack()  # open during the first step
-        self.counting.enter_context(torch.compiler.set_stance("force_eager"))
-        self.counter = self.counting.enter_context(FlopCounterMode(display=False))
-
-    def step_done(self, step):
-        if step == 1:
-            self.counting.close()
-        cuda = torch.cuda.is_available() and self.args.device != "cpu"
-        if step in (WARM_STEPS, self.args.steps) and cuda:
-            torch.cuda.synchronize()
-        if step == WARM_STEPS:
-            self.start = time.perf_counter()
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-        if step == self.args.steps:
-            seconds = (time.perf_counter() - self.start) / self.args.benchmark
-            flops = self.counter.get_total_flops() * number_of_processes()
-            device = torch.cuda.get_device_name() if cuda and self.args.precision != "fp32" else ""
-            peak = PEAK_FLOPS.get(device, 0) * number_of_processes()
-            if cuda:
-                memory = torch.cuda.max_memory_allocated()
-            else:
-                import resource  # not on Windows; in KiB, on macOS in bytes
-                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            if is_rank_0():
-                print(json.dumps({
-                    f"{self.unit}_per_second": round(self.args.batch_size / seconds, 2),
-                    "ms_per_step": round(1000 * seconds, 2), "gflop_per_step": round(flops / 1e9, 3),
-                    "mfu": round(flops / seconds / peak, 3) if peak else None,
-                    "peak_memory_gib": round(memory / 2 ** 30, 2), "precision": self.args.precision,
-                    "compile": self.args.compile, "processes": number_of_processes()}))
-
-
-class Log:
-    """Of a training loop: a progress bar, a line per record in DIR/log.jsonl, TensorBoard if installed; rank 0 only.
-
-    And the signals that end a run early: until `close`, SIGINT and SIGTERM are only noted, in `stopping`, so that the
-    loop can save first. A second SIGINT ends the process at once.
-    """
-
-    def __init__(self, args, first_step, unit):
-        self.step = self.step_at_mark = first_step
-        self.unit, self.args, self.time = unit, args, time.perf_counter()
-        self.losses = []  # of all passes since the last mean_loss(); on the device, so that no step waits for the GPU
-        self.signal = self.stopping = 0
+    def __init__(self, args, model, optimizer, scaler):
+        self.args, self.model, self.optimizer, self.scaler = args, model, optimizer, scaler
+        self.file, self.unit = Path(args.out, "log.jsonl"), "clips" if getattr(args, "frames", 1) > 1 else "images"
+        self.losses = []  # since the last record; on the device, so that no step waits for the GPU
+        self.settings = {name: getattr(args, name) for name in args.settings}
+        if args.data and args.data != "cifar10":
+            self.settings["data"] = str(Path(args.data).resolve())
+        self.best = -math.inf
+        self.step = 0 if args.benchmark else self.resume()
+        self.time, self.step_at_time, self.signal, self.board = time.perf_counter(), self.step, 0, None
         self.old_handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(initial=first_step, total=args.steps, unit="step", disable=not is_rank_0(),
+        self.bar = tqdm(initial=self.step, total=args.steps, unit="step", disable=args.rank > 0,
                         mininterval=0.1 if sys.stderr.isatty() else 30)
-        self.file, self.board = Path(args.out, "log.jsonl"), None
         if args.benchmark:
-            self.benchmark = Benchmark(args, unit)
-        elif is_rank_0():
+            self.counting = contextlib.ExitStack()  # open during the first step
+            self.counting.enter_context(torch.compiler.set_stance("force_eager"))
+            self.counter = self.counting.enter_context(FlopCounterMode(display=False))
+        elif args.rank == 0:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=first_step)
+                self.board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=self.step)
 
     def note(self, number, frame):
         self.signal = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    def lines(self):
-        """The records of the run so far."""
-        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+    def resume(self):
+        """Go on with the run in --out, if there is one: the number of steps that it has done.
 
-    def step_done(self):
-        """Count a step: is the log `due`, is it `saving`, and `stopping`, by a signal to any of the processes?"""
+        A broken last.pt is put aside as last.broken.pt and previous.pt is used. A folder with a run of other settings
+        is left alone with a UserError, unless --fresh.
+        """
+        args, out, step, broken = self.args, Path(self.args.out), 0, False
+        fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # not again after a crash
+        found = [] if fresh else [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
+        if found:
+            try:
+                checkpoint = read_checkpoint(found[0])
+            except BrokenCheckpoint as error:
+                if len(found) == 1:
+                    raise UserError(f"{error}, and there is no other to go on from: --fresh starts over") from None
+                if args.rank == 0:
+                    print(f"{error}: going on from {found[1]}", file=sys.stderr)
+                checkpoint, broken = read_checkpoint(found[1]), True
+            old, new = checkpoint.get("settings", {}), self.settings
+            changed = [f"{name} {old.get(name)} there, {new.get(name)} now" for name in {**old, **new}
+                       if old.get(name) != new.get(name)]
+            if changed:
+                raise UserError(f"{out} holds a run with other settings ({'; '.join(changed[:5])}): "
+                                "give another --out, or --fresh to start over")
+            load_strictly(self.model, checkpoint["model"], found[broken])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            if checkpoint["scaler"]:  # it is empty unless the run was in fp16
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            step, before, now = checkpoint["step"], checkpoint["processes"], args.processes
+            if before != now and args.rank == 0:
+                print(f"so far {before} processes made this run, now {now}: sums round differently, and drop path, "
+                      "MixUp and CutMix are drawn by process", file=sys.stderr)
+        out.mkdir(parents=True, exist_ok=True)
+        if sum_over_processes(torch.tensor(step)) != step * args.processes:
+            raise UserError(f"not all processes see the same {out}/last.pt: --out must be a folder that all machines "
+                            "share")
+        if args.rank == 0:
+            for path in (out / "last.pt", out / "previous.pt", out / "best.pt") if fresh else ():
+                if path.exists():
+                    os.replace(path, path.with_suffix(".old.pt"))
+            if broken:
+                os.replace(found[0], out / "last.broken.pt")
+            lines = self.file.read_text().splitlines() if self.file.exists() else []
+            records = [json.loads(line) for line in lines if line.endswith("}")]
+            records = [record for record in records if record["step"] <= step]  # later ones are written anew
+            self.best = max((record["score"] for record in records if "score" in record), default=self.best)
+            text = "".join(json.dumps(record) + "\n" for record in records)
+            write_whole(self.file, lambda file: file.write(text.encode()))
+            print(f"step {step} of {args.steps} in {out}; "
+                  + ", ".join(f"{name}={value}" for name, value in self.settings.items() if value is not None))
+        return step
+
+    def step_done(self, lr, found=None, **values):
+        """The end of a step: counts it, logs and saves where that is due, and ends the run after a signal.
+
+        values: numbers for the log. found: results of a test at this step, logged at once; if its "score" is the
+        highest so far, the checkpoint is best.pt too. In all processes it is None, or in none.
+        """
         self.step += 1
         self.bar.update()
-        stopping = torch.tensor(self.signal)  # on the CPU, so no GPU is waited for
+        stop = torch.tensor(self.signal)  # on the CPU, so no GPU is waited for
         if dist.is_initialized():
-            dist.all_reduce(stopping, dist.ReduceOp.MAX)
-        self.stopping = int(stopping)
-        self.saving = self.stopping or self.step % self.args.save_every == 0 or self.step == self.args.steps
-        self.due = self.saving or self.step % self.args.log_every == 0
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+        stop, last = int(stop), self.step == self.args.steps
         if self.args.benchmark:
-            self.benchmark.step_done(self.step)
-            if self.stopping or self.step == self.args.steps:
-                self.leave()
+            self.time_step()
+            if stop or last:
+                self.leave(stop)
+            return
+        saving = stop or last or self.step % self.args.save_every == 0
+        if saving or found is not None or self.step % self.args.log_every == 0:
+            loss = self.mean_loss(lr)  # it ends the run before it is saved, if it is not finite
+            self.log(loss=loss, lr=lr, **values, **(found or {}))
+            if (found or {}).get("score", -math.inf) > self.best:
+                self.best = found["score"]
+                self.save("best.pt")
+        if saving:
+            self.save("last.pt")
+        if stop:
+            self.leave(stop)
 
-    def mean_loss(self, lr, scaler):
+    def mean_loss(self, lr):
         """The mean, over all processes, of the losses since the last call; a UserError if one is not finite.
 
         In fp16 such steps were skipped and do not count, unless the scale has fallen so low that it cannot help.
         """
-        losses, self.losses = sum_over_processes(torch.stack(self.losses).float()) / number_of_processes(), []
+        losses, self.losses = sum_over_processes(torch.stack(self.losses).float()) / self.args.processes, []
         bad = (~losses.isfinite()).nonzero().flatten()
-        if len(bad) and not (scaler.is_enabled() and scaler.get_scale() >= 1):
+        if len(bad) and not (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
             step = self.step - (len(losses) - 1 - int(bad[0])) // self.args.accumulate
             raise UserError(f"the loss of step {step} is not finite, at a learning rate of about {lr:.2g}: "
                             "lower --base-lr, or use --precision bf16 or fp32")
         return losses[losses.isfinite()].mean().item()
 
-    def write(self, **values):
+    def log(self, **values):
         """Record numbers at this step, with the speed since the last record in samples per second."""
         now = time.perf_counter()
-        speed = (self.step - self.step_at_mark) * self.args.batch_size / (now - self.time)
+        speed = (self.step - self.step_at_time) * self.args.batch_size / (now - self.time)
         values[f"{self.unit}_per_second"] = round(speed, 1)
-        self.step_at_mark, self.time = self.step, now
-        if is_rank_0():
+        self.step_at_time, self.time = self.step, now
+        if self.args.rank == 0:
             self.bar.set_postfix({name.replace("_per_second", "/s"): f"{value:.4g}" for name, value in values.items()})
-            size = self.file.stat().st_size
             record = {name: value if math.isfinite(value) else None for name, value in values.items()}  # NaN is no JSON
-            try:
-                with open(self.file, "a") as file:
-                    file.write(json.dumps({"step": self.step, **record}) + "\n")
-            except OSError as error:
-                os.truncate(self.file, size)  # no half line
-                raise UserError(f"{self.file} could not be written ({error.strerror})") from None
+            with open(self.file, "a") as file:
+                file.write(json.dumps({"step": self.step, **record}) + "\n")
             for name, value in values.items() if self.board else ():
                 self.board.add_scalar(name, value, self.step)
 
-    def save_or_leave(self, model, optimizer, scaler):
-        """At the end of a step: save the run where it is due, and end it after a signal."""
-        if self.saving:
-            save_run(self.args, settings_of(self.args), self.step, model, optimizer, scaler)
-        if self.stopping:
-            self.leave()
+    def save(self, name):
+        """Rank 0 writes the checkpoint DIR/`name`; the last.pt of before is kept as previous.pt.
+
+        A UserError if it cannot: for last.pt in all processes, which all have to call this.
+        """
+        failure = None
+        if self.args.rank == 0:
+            weights = self.model.state_dict()
+            checkpoint = {"settings": self.settings, "step": self.step, "model": weights,
+                          "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                          "processes": self.args.processes}
+            try:
+                if not torch.stack([weight.isfinite().all() for weight in weights.values()]).all():
+                    raise UserError(f"step {self.step} made weights that are not finite, so they are not saved: "
+                                    "lower --base-lr")
+                write_whole(Path(self.args.out, name), lambda file: torch.save(checkpoint, file))
+            except UserError as error:
+                failure = error
+        if name == "last.pt" and sum_over_processes(torch.tensor(int(failure is not None))) or failure:
+            raise failure or UserError("rank 0 could not save the run")
+
+    def time_step(self):
+        """With --benchmark: time the steps after WARM_STEPS and print one line of JSON.
+
+        The floating-point operations of the matrix products and of attention, forward and backward (with its scores
+        computed once more), are counted in the first step, without torch.compile. The memory is that of the device, or
+        on a CPU of the whole process.
+        """
+        args, cuda, processes = self.args, self.args.device == "cuda", self.args.processes
+        if self.step == 1:
+            self.counting.close()
+        if self.step in (WARM_STEPS, args.steps) and cuda:
+            torch.cuda.synchronize()
+        if self.step == WARM_STEPS:
+            self.time = time.perf_counter()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+        if self.step == args.steps and args.rank == 0:
+            seconds = (time.perf_counter() - self.time) / args.benchmark
+            flops = self.counter.get_total_flops() * processes
+            device = torch.cuda.get_device_name() if cuda and args.precision != "fp32" else ""
+            peak = PEAK_FLOPS.get(device, 0) * processes
+            if cuda:
+                memory = torch.cuda.max_memory_allocated()
+            else:
+                import resource  # not on Windows; in KiB, on macOS in bytes
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            print(json.dumps({
+                f"{self.unit}_per_second": round(args.batch_size / seconds, 2), "ms_per_step": round(1000 * seconds, 2),
+                "gflop_per_step": round(flops / 1e9, 3), "mfu": round(flops / seconds / peak, 3) if peak else None,
+                "peak_memory_gib": round(memory / 2 ** 30, 2), "precision": args.precision, "compile": args.compile,
+                "processes": processes}))
 
     def close(self):
         self.bar.close()
@@ -796,159 +694,258 @@ class Log:
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
 
-    def leave(self):
+    def leave(self, stop):
         """End all processes, after a signal with the exit code that a shell gives it."""
         self.close()
         if self.args.benchmark:
-            self.benchmark.counting.close()
-        barrier()  # rank 0 has saved
-        if is_rank_0() and self.stopping and not self.args.benchmark:
-            print(f"stopped at step {self.step} by {signal.Signals(self.stopping).name}; the same command, without "
-                  f"--fresh, goes on from {self.args.out}/last.pt", file=sys.stderr)
+            self.counting.close()
+        sum_over_processes(torch.zeros(1))  # all wait until rank 0 has saved
+        if self.args.rank == 0 and stop and not self.args.benchmark:
+            print(f"stopped at step {self.step} by {signal.Signals(stop).name}; the same command, without --fresh, "
+                  f"goes on from {self.args.out}/last.pt", file=sys.stderr)
         leave_processes()
-        sys.exit(128 + self.stopping if self.stopping else 0)
+        sys.exit(128 + stop if stop else 0)
+
+
+def write_whole(path, write):
+    """Fill a file by `write(file)` under another name, then rename it: under its own it is whole at every moment."""
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == "last.pt" and path.exists():
+            os.replace(path, path.with_name("previous.pt"))
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"{path} could not be written ({reason}); what stood there before is untouched") from None
 
 
 def save_pictures(columns, out, name):
     """Write columns of pictures (rows, C, H, W) in [0, 1] side by side to DIR/`name`, enlarged to about 224 pixels."""
     columns = [x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1) for x in columns]
     columns = [F.interpolate(x.clamp(0, 1), scale_factor=max(1, 224 // x.shape[-1])) for x in columns]
-    make_folder(out)
+    Path(out).mkdir(parents=True, exist_ok=True)
     picture = make_grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns), padding=4, pad_value=1.0)
     save_image(picture, Path(out, name))
     print(f"picture {Path(out, name)}")
 
 
-def size_in_pixels(text):
-    """'224' -> 224, '192x256' -> (192, 256): height x width."""
-    numbers = tuple(int(number) for number in text.lower().split("x"))
-    if len(numbers) > 2:
-        raise ValueError(text)
-    return numbers if len(numbers) == 2 else numbers[0]
+# -------------------------------------------------------------------------------------------- training with labels
 
 
-FLAGS = {  # of all three scripts: type (a list names the choices), help
-    "data": (str, "folder of images or videos, list of paths, or cifar10 (default: what ships with scikit-image)"),
-    "recipe": (["paper", "demo"], "default values of the other flags (default: paper with --data, else demo)"),
-    "init": (str, "checkpoint to start from, of this project or published"),
-    "out": (str, "folder of the run"),
-    "fresh": (bool, "start over in --out instead of going on with the run in it (default: no)"),
-    "device": (["cuda", "cpu", "mps"], "where to compute (default: the best there is)"),
-    "precision": (["bf16", "fp16", "fp32"], "of the matrix products (default: bf16 or fp16 on CUDA, else fp32)"),
-    "compile": (bool, "use torch.compile (default: yes on CUDA)"),
-    "workers": (int, "data loading processes per GPU (default: the CPU cores, 16 at most)"),
-    "seed": (int, "of everything random (default: 0)"),
-    "benchmark": (int, "only time so many training steps, on random tensors, and print a line of JSON"),
-    "log_every": (int, "steps between two lines of log.jsonl (default: 50, in the demo 20)"),
-    "save_every": (int, "steps between two checkpoints (default: 1000, in the demo 300)"),
-    "size": (list(SIZES), "of the encoder"),
-    "image_size": (size_in_pixels, "pixels, a number or HEIGHTxWIDTH"),
-    "patch_size": (int, "side of a patch, pixels"),
-    "channels": (int, "of the images (default: 3)"),
-    "mean": (float, "of each channel, in [0, 1] (default: ImageNet's, or measured if there are not 3 channels)"),
-    "std": (float, "standard deviation of each channel, likewise"),
-    "measure": (bool, "measure --mean and --std on 1,000 training images (default: no)"),
-    "steps": (int, "length of the training, optimizer steps"),
-    "epochs": (float, "length of the training, passes over the data (if --steps is not given)"),
-    "batch_size": (int, "global batch: samples per optimizer step on all GPUs together"),
-    "accumulate": (int, "split the batch of each GPU into this many passes, to save memory (default: 1)"),
-    "base_lr": (float, "learning rate per 256 samples of the global batch"),
-    "warmup": (float, "share of the steps in which the learning rate rises"),
-    "weight_decay": (float, "of AdamW"),
-    "clip_grad": (float, "largest L2 norm of the gradient (default: no limit)"),
-}
-TASK_FLAGS = {  # of those tasks, in any of the scripts, whose recipes name them
-    "frames": (int, "of a clip; 1 means images, except in vjepa.py"),
-    "tubelet": (int, "frames that one token spans"),
-    "stride": (int, "frames of a video from one frame of the clip to the next"),
-    "min_lr": (float, "learning rate at the end of the schedule"),
-    "flip": (bool, "mirror half of the training samples (never with --label motion)"),
-    "label": (["photograph", "motion"], "what to classify in the built-in clips"),
-    "layer_decay": (float, "factor on the learning rate from one block to the block below"),
-    "drop_path": (float, "chance to skip a branch of the last block; rises linearly from the first"),
-    "randaugment": (float, "magnitude of RandAugment, 0 to 10"),
-    "erasing": (float, "probability of random erasing"),
-    "mixup": (float, "alpha of MixUp"),
-    "cutmix": (float, "alpha of CutMix"),
-    "smoothing": (float, "label smoothing"),
-    "eval_only": (bool, "only test the classifier in --init"),
-}
+def train_classifier(args, model, optimizer, schedule, batches, test, mix=None):
+    """Train a classifier by cross-entropy and test it after each epoch and at the end.
 
-
-def parse_command_line(method, description, recipes, flags):
-    """Read `method.py [task] [flags]`. recipes: {task: {flag: (paper's value, demo's value)}}, where a dictionary gives
-    the value by model size, or for "image" and "video"; flags: the method's own, as in FLAGS. What --init holds about
-    the model comes before the recipe, and a flag before both.
+    schedule(step) -> (learning rate, weight decay); batches(first_step) yields (pixels, labels, ...) on the device,
+    `accumulate` of them a step; test(last) is an `accuracy`; mix: MixUp or CutMix of (pixels, labels).
     """
-    used = set().union(*recipes.values())
-    flags = {**FLAGS, **{name: flag for name, flag in TASK_FLAGS.items() if name in used}, **flags}
-    parser = argparse.ArgumentParser(f"{method}.py", usage="%(prog)s [task] [flags]", description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("task", nargs="?", default="pretrain", choices=recipes, help="(default: pretrain)")
-    for name, (kind, text) in flags.items():
-        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"choices": kind} \
-            if isinstance(kind, list) else {"type": kind, "metavar": kind.__name__.upper()}
-        if name in ("mean", "std"):
-            options["nargs"] = "+"
-        defaults = "; ".join(f"{task} {recipe[name][0]}, {recipe[name][1]}"
-                             for task, recipe in recipes.items() if name in recipe)
-        text += f" (paper, demo: {defaults})" if defaults else ""
-        parser.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **options)
-    args = parser.parse_args()
-    for name, value in vars(args).items():
-        if name in flags and value is not None:
-            written = f"--{name.replace('_', '-')}"
-            least = 1 if flags[name][0] is int and name not in ("seed", "workers") or name == "stretch" else 0
-            most = 10 if name == "randaugment" else 1 if name in (
-                "mask_ratio", "warmup", "drop_path", "erasing", "smoothing", "momentum", "start_lr",
-                "probe_labels") else math.inf
-            if isinstance(value, (int, float)) and not least <= value <= most:
-                raise UserError(f"{written} {value} is not a number from {least} to {most}")
-            if name not in FLAGS and name not in recipes[args.task]:
-                raise UserError(f"{args.task} does not use {written}")
+    autocast, scaler = precision_of(args)
+    run = Run(args, model, optimizer, scaler)
+    net = DistributedDataParallel(model) if args.processes > 1 else model
+    net = torch.compile(net) if args.compile else net
 
-    if not args.init and (args.task == "show" or args.eval_only):
-        raise UserError(f"{args.task}{' --eval-only' * bool(args.eval_only)} needs --init, a checkpoint")
+    batches = batches(run.step)
+    for step in range(run.step, args.steps):
+        lr, weight_decay = schedule(step)
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = lr * group["lr_scale"], weight_decay * group["decays"]
+
+        model.train()
+        torch.manual_seed(mix_seed(args.seed, step, args.rank))  # of drop path, MixUp and CutMix
+        for part in range(args.accumulate):
+            pixels, labels, *stamps = next(batches)
+            pixels, labels = mix(pixels, labels) if mix else (pixels, labels)
+            with no_sync(net, last=part == args.accumulate - 1):
+                with autocast:
+                    loss = F.cross_entropy(net(pixels, *stamps), labels, label_smoothing=args.smoothing)
+                scaler.scale(loss / args.accumulate).backward()
+            run.losses.append(loss.detach())
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        last = step + 1 == args.steps
+        run.step_done(lr, test(last) if last or (step + 1) % args.steps_per_epoch == 0 else None)
+    run.close()
+    if args.rank == 0:
+        print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
+
+
+@torch.no_grad()
+def accuracy(args, model, batches, last):
+    """{"top1", "top5"}, in percent, over the batches of all processes; samples with the label -1 do not count.
+
+    last: print it, as the result of a run.
+    """
+    model.eval()
+    for buffer in model.buffers() if args.processes > 1 else ():  # BatchNorm's statistics: those of the checkpoint
+        dist.broadcast(buffer, 0)
+    hits = torch.zeros(3, device=next(model.parameters()).device)  # in the first 1, in the first 5, samples
+    for pixels, labels, *stamps in batches:
+        with precision_of(args)[0]:
+            logits = model(pixels, *stamps)
+        correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
+        hits += torch.stack([correct[:, 0].sum(), correct.sum(), (labels >= 0).sum()])
+    top1, top5, count = sum_over_processes(hits).tolist()
+    top1, top5 = 100 * top1 / max(1, count), 100 * top5 / max(1, count)
+    if last and args.rank == 0:
+        print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {count:.0f} validation samples")
+    return {"top1": top1, "top5": top5}
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+# A recipe is a table of flags, {name: flag(...)}: each hyper-parameter is written once, where its value is.
+
+
+def number(text, kind=float, least=0, most=math.inf):
+    """The value of a flag that is a number from `least` to `most`."""
+    with contextlib.suppress(ValueError):
+        if least <= kind(text) <= most:
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to {most}")
+
+
+whole = functools.partial(number, kind=int)
+count = functools.partial(number, kind=int, least=1)
+share = functools.partial(number, most=1)
+
+
+def height_x_width(text):
+    """'224' -> 224, '192x256' -> (192, 256)."""
+    height, *width = (count(side) for side in text.lower().split("x"))
+    if len(width) > 1:
+        raise ValueError(text)
+    return (height, *width) if width else height
+
+
+def flag(value, text, kind=None, **others):
+    """A hyper-parameter: the paper's value for ViT-B, what it means, and its kind where the value does not tell (a
+    function of its text, `list` for numbers, a list of choices). others: its value by size, for `video`, in the `demo`
+    or in that of video, `demo_video`.
+    """
+    kind = kind or {int: count, float: number}.get(type(value), type(value))
+    return argparse.Namespace(value=value, text=text, kind=kind, others=others)
+
+
+MACHINE = dict(  # where and how a run is made: no settings, so a run goes on although they change
+    recipe=flag(None, "values of flags that are not given (default: paper with --data, else demo)", ["paper", "demo"]),
+    out=flag(None, "folder of the run (default: runs/METHOD, or runs/METHOD-TASK)", str),
+    fresh=flag(False, "start over in --out instead of going on with the run in it"),
+    device=flag(None, "where to compute (default: the best there is)", ["cuda", "cpu", "mps"]),
+    precision=flag(None, "of the products (default: bf16 on CUDA, fp16 where it has none; else fp32)",
+                   ["bf16", "fp16", "fp32"]),
+    compile=flag(None, "use torch.compile (default: on CUDA)", bool),
+    workers=flag(None, "data loading processes per GPU (default: the CPU cores, 16 at most)", whole),
+    accumulate=flag(1, "passes that the batch of each GPU is split into, to save memory"),
+    log_every=flag(50, "steps between two lines of log.jsonl", demo=20),
+    save_every=flag(1000, "steps between two checkpoints", demo=300),
+    benchmark=flag(None, "only time so many training steps, on random tensors, and print a line of JSON", count),
+)
+INPUT = dict(
+    data=flag(None, "folder of images or videos, list of paths, cifar10 (default: what comes with scikit-image)", str),
+    init=flag(None, "checkpoint to start from, of this project or published", str),
+    seed=flag(0, "of everything random", whole),
+    measure=flag(False, "measure --mean and --std on 1,000 training images"),
+)
+CHANNELS = dict(
+    channels=flag(3, "of the images"),
+    mean=flag(None, "of each channel, in [0, 1] (default: ImageNet's, or measured if there are not 3 channels)", list),
+    std=flag(None, "standard deviation of each channel, likewise", list),
+)
+TRAINING = dict(
+    steps=flag(None, "length of the training, optimizer steps; or --epochs", count),
+    weight_decay=flag(0.05, "of AdamW"),
+    clip_grad=flag(None, "largest L2 norm of the gradient (default: no limit)", number),
+)
+CLASSIFICATION = dict(
+    min_lr=flag(1e-6, "learning rate at the end of the schedule"),
+    smoothing=flag(0.1, "label smoothing", share),
+    eval_only=flag(False, "only test the classifier in --init"),
+)
+AUGMENTATION = dict(
+    randaugment=flag(9.0, "magnitude of RandAugment, 0 to 10", functools.partial(number, most=10), video=7.0, demo=0.0),
+    erasing=flag(0.25, "probability of random erasing", share, demo=0.0),
+    mixup=flag(0.8, "alpha of MixUp", demo=0.0),
+    cutmix=flag(1.0, "alpha of CutMix", demo=0.0),
+)
+
+
+def parse_command_line(method, description, tasks, of_model):
+    """Read `METHOD.py [task] [flags]`: the complete args, but for what depends on the data (`data.settle`).
+
+    tasks: {name: (function, recipe, other flags, which are no settings)}. A flag that is given beats what the
+    checkpoint in --init says of the flags `of_model`, and that beats the recipe.
+    """
+    words = sys.argv[1:]
+    task = words.pop(0) if words and not words[0].startswith("-") else "pretrain"
+    if task not in tasks:
+        raise UserError(f"there is no task {task}, only {', '.join(tasks)}")
+    _, recipe, others = tasks[task]
+    flags = {**recipe, **others, **MACHINE}
+    parser = argparse.ArgumentParser(f"{method}.py {task}", usage="%(prog)s [flags]", description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for name, flag in flags.items():
+        options = {"action": argparse.BooleanOptionalAction} if flag.kind is bool else {"nargs": "+", "type": float} \
+            if flag.kind is list else {"choices": flag.kind} if isinstance(flag.kind, list) else {"type": flag.kind}
+        values = ", ".join(f"{key} {value}" for key, value in {"default": flag.value, **flag.others}.items()
+                           if value is not None)
+        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **options,
+                            help=(f"{flag.text} ({values})" if values else flag.text).replace("%", "%%"))
+
+    def fail(message):
+        raise UserError(f"{message} (see {parser.prog} --help)")
+    parser.error = fail
+    given = vars(parser.parse_args(words))
+    if "init" not in given and (task == "show" or given.get("eval_only")):
+        raise UserError(f"{task}{' --eval-only' * (task != 'show')} needs --init, a checkpoint")
+
+    known = {}
+    if "init" in given:
+        weights, settings = read_weights(given["init"])
+        model = describe(weights, settings, given["init"])
+        for name in ("size", "patch_size", "channels", "tubelet"):
+            if given.get(name, model[name]) != model[name]:
+                raise UserError(f"--{name.replace('_', '-')} {given[name]} does not fit {given['init']}, which has "
+                                f"{model[name]}")
+        # A published file has no settings: what its shapes do not tell is as in the paper.
+        known = {name: {**(settings or {name: flags[name].value}), **model}.get(name, flags[name].value)
+                 for name in of_model if name in flags}
+
+    def in_recipe(name, *keys):
+        return next((flags[name].others[key] for key in keys if key in flags[name].others), flags[name].value)
+
+    demo = ["demo"] if given.get("recipe", "paper" if "data" in given else "demo") == "demo" else []
+    values = {name: in_recipe(name, *demo) for name in ("size", "frames") if name in flags} | known | given
+    video = ["video"] if values.get("frames", 1) > 1 else []
+    keys = [*(["demo_video"] if demo and video else []), *demo, *video, values["size"]]
+    args = argparse.Namespace(task=task, settings=list(recipe), **{
+        name: values[name] if name in values else in_recipe(name, *keys) for name in flags})
+    if "epochs" in given and "steps" not in given:
+        args.steps = None
     if args.benchmark:
-        if args.task != "pretrain":
+        if task != "pretrain":
             raise UserError("--benchmark is for pretrain")
         args.steps = WARM_STEPS + args.benchmark
-        args.log_every = args.save_every = args.probe_every = sys.maxsize
-    demo = (args.recipe or ("paper" if args.data else "demo")) == "demo"
-    values = {"seed": 0, "channels": 3, "accumulate": 1, "fresh": False, "measure": False,
-              "log_every": 20 if demo else 50, "save_every": 300 if demo else 1000,
-              "out": f"runs/{method}" + (f"-{args.task}" if args.task != "pretrain" else "")}
-    if args.steps is None and args.epochs is not None:
-        values["steps"] = None
-    if args.init:
-        weights, settings = read_weights(args.init)
-        model = describe(weights, settings, args.init)
-        for name in ("size", "patch_size", "channels", "tubelet"):
-            if getattr(args, name, None) not in (None, model[name]):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not fit {args.init}, "
-                                f"which has {model[name]}")
-        values |= {name: model[name] for name in ("size", "patch_size", "channels", "image_size", "frames", "tubelet")}
-        if args.eval_only:
-            values["pool"] = model["pool"]
-        kept = ["mean", "std", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads", "target", "cell",
-                "stride", "predictor_dim", "predictor_depth", "encode_mask_tokens", "bands", "dates", "consistent"]
-        if args.task == "show" or "predictor.predictor_embed.weight" in weights:
-            kept += ["masking", "mask_ratio", "mask_group", "context_frames"]  # the masks that it was trained with
-        # Settings leave out what is None. A published file has none: there the paper's values hold.
-        values |= {name: settings.get(name) for name in kept
-                   if settings and (name in FLAGS or name in recipes[args.task])
-                   and (name in settings or name == "context_frames")}
-        if not settings:
-            values |= {name: recipes[args.task][name][0] for name in kept if name in recipes[args.task]}
-    size = args.size or values.get("size") or recipes[args.task]["size"][demo]
-    video = (getattr(args, "frames", None) or values.get("frames", 1)) > 1
-    for name, recipe in recipes[args.task].items():
-        values.setdefault(name, recipe[demo])
-    for name, value in values.items():
-        while isinstance(value, dict):
-            value = value["video" if video else "image"] if "image" in value else value.get(size, value["base"])
-        if getattr(args, name, 0) is None:
-            setattr(args, name, value)
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    args.device = args.device or next(device for device in there if there[device])
+    if not there[args.device]:
+        raise UserError(f"this machine has no device {args.device}")
+    cuda = args.device == "cuda"
+    if args.precision is None:
+        args.precision = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    args.compile = cuda if args.compile is None else args.compile
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    args.out = args.out or f"runs/{method}" + (f"-{task}" if task != "pretrain" else "")
     return args
 
 
@@ -957,7 +954,7 @@ def run_main(main):
     try:
         main()
         leave_processes()
-    except UserError as error:
+    except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # where rank 0 says the same, torchrun ends the others before they repeat it
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)

@@ -1,12 +1,13 @@
 """Images and clips in, batches out: the photographs that ship with scikit-image, folders of images or videos, CIFAR-10.
 
-A *source* is a map-style dataset of (pixels, label): a PIL image, a float tensor (C, H, W) where there are not 1 or 3
-channels, a clip (T, C, H, W) of bytes, or a series of images of a place, (dates, C, H, W) and, as a third item, its
-stamps (dates, 3): years since 2002, months and hours from 0. `Samples` adds the augmentation, `step_batches` decides
-which samples make up which step. Every draw of a sample has its own seed, so what a step sees depends on (seed, step)
-alone: not on the number of workers or processes, nor on whether the run was interrupted.
+A *source* is a map-style dataset of (pixels, label): a PIL image; floats (C, H, W) in [0, 1] where there are not 1 or 3
+channels; clips of a video, bytes (segments, T, C, H, W); or a series of images of a place, floats (dates, C, H, W), and
+as a third item its stamps (dates, 3): years since 2002, months and hours from 0. `Samples` adds the augmentation,
+`step_batches` decides which samples make up which step. Every draw of a sample has its own seed, so what a step sees
+depends on (seed, step) alone: not on the number of workers or processes, nor on whether the run was interrupted.
+A batch on the device is normalised: images (B, C, H, W), series (B, C, dates, H, W), and clips always (B, views,
+segments, C, T, H, W), where segments are parts of the time of a video and views parts of its frames.
 """
-import functools
 import itertools
 import math
 import os
@@ -17,13 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import tv_tensors
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
 
-from common import UserError, barrier, height_and_width, is_rank_0, mix_seed, precision_of, sum_over_processes
+from common import UserError, height_and_width, mix_seed, precision_of, sum_over_processes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy", ".npz"}
@@ -99,7 +102,7 @@ class Scenes(Photographs):
 class Clips(Dataset):
     """Clips of a virtual camera that moves over the photographs: pans in 8 directions, zooms, rolls. No download.
 
-    A clip is (T, C, 64, 64). Its label is the photograph, the motion, or both: label = photograph * 12 + motion.
+    A clip is (1, T, C, 64, 64). Its label is the photograph, the motion, or both: label = photograph * 12 + motion.
     The regions of training and validation are those of `Photographs`, at half their size. With twice the stride the
     camera goes twice as far.
     """
@@ -146,17 +149,19 @@ class Clips(Dataset):
             film.paste(frame, (0, t * self.side))
         label = {"photograph": photograph, "motion": motion, None: photograph * len(self.motions) + motion}[self.label]
         pixels = torch.from_numpy(np.array(film).reshape(self.frames, self.side, self.side, -1))
-        return pixels.permute(0, 3, 1, 2), label
+        return pixels.permute(0, 3, 1, 2)[None], label
 
 
 class Files(Dataset):
-    """Files with labels, [(path, label)]: images, or with frames > 1 videos and folders of frames (see `read_clip`), or
+    """Files with labels, [(path, label)]: images, or with frames > 1 videos and folders of frames (see `read_clips`), or
     with dates > 1 folders of images of a place (see `read_series`).
+
+    segments: so many clips evenly over each video, and dates evenly over all; None: one clip, and dates, at random.
     """
 
     def __init__(self, found, channels=3, frames=1, stride=1, dates=1):
         self.channels, self.frames, self.stride, self.dates = channels, frames, stride, dates
-        self.views = None  # clips of a video: one at a random time, or a number of clips evenly over it
+        self.segments = None
         # Arrays and not lists: workers share their memory, where each would end up with a copy of a list's objects.
         self.names = np.array([os.fsencode(name) for name, _ in found])
         self.labels = np.array([label for _, label in found])
@@ -167,10 +172,10 @@ class Files(Dataset):
 
     def __getitem__(self, index):
         if self.dates > 1:
-            pixels, stamps = read_series(self.path(index), self.dates, self.channels, chosen_at_random=not self.views)
+            pixels, stamps = read_series(self.path(index), self.dates, self.channels, not self.segments)
             return pixels, int(self.labels[index]), stamps
         if self.frames > 1:
-            pixels = read_clip(self.path(index), self.frames, self.stride, self.views, self.channels)
+            pixels = read_clips(self.path(index), self.frames, self.stride, self.segments, self.channels)
         else:
             pixels = read_image(self.path(index), self.channels)
         return pixels, int(self.labels[index])
@@ -278,13 +283,12 @@ def read_series(folder, dates, channels, chosen_at_random):
     return torch.stack(images), torch.tensor(stamps, dtype=torch.float32)
 
 
-def read_clip(path, frames, stride, views=None, channels=3):
-    """A clip (T, C, H, W), bytes: every `stride`-th frame of a video file or of a folder of frames.
+def read_clips(path, frames, stride, segments=None, channels=3):
+    """Clips (segments, T, C, H, W), bytes, of every `stride`-th frame of a video file or of a folder of frames.
 
-    It begins at a random time, drawn from torch's generator; with `views`, so many clips evenly over the video are
-    returned as (views, T, C, H, W). A video that is too short repeats its last frame. Time goes by the mean frame rate,
-    so that a variable one does not bend the motion. Of a file, only the frames asked for are read, and those that their
-    compression depends on.
+    So many, evenly over the video; for None one, which begins at a random time, drawn from torch's generator. A video
+    that is too short repeats its last frame. Time goes by the mean frame rate, so that a variable one does not bend the
+    motion. Of a file, only the frames asked for are read, and those that their compression depends on.
     """
     if os.path.isdir(path):  # in the order of the numbers in their names; a gap is closed up
         names = sorted((name for name in os.listdir(path) if os.path.splitext(name)[1].lower() in IMAGE_FILES),
@@ -302,11 +306,9 @@ def read_clip(path, frames, stride, views=None, channels=3):
         begin, end = decoder.metadata.begin_stream_seconds, decoder.metadata.end_stream_seconds
         length = max(1, int((end - begin) * decoder.metadata.average_fps + 0.01))
     latest = max(0, length - 1 - (frames - 1) * stride)  # the last time to begin
-    if views is None:
-        starts = torch.randint(latest + 1, (1,))
-    else:
-        starts = torch.linspace(0, latest, views).round() if views > 1 else torch.tensor([latest // 2])
-    times = (starts[:, None] + stride * torch.arange(frames)).clamp(max=length - 1).flatten()  # (views * T,)
+    starts = torch.randint(latest + 1, (1,)) if segments is None else torch.tensor([latest // 2]) if segments == 1 \
+        else torch.linspace(0, latest, segments).round()
+    times = (starts[:, None] + stride * torch.arange(frames)).clamp(max=length - 1).flatten()  # (segments * T,)
     if os.path.isdir(path):
         images = {i: read_image(os.path.join(path, names[i])) for i in set(times.int().tolist())}
         images = {i: x if torch.is_tensor(x) else v2.functional.pil_to_tensor(x) for i, x in images.items()}
@@ -315,7 +317,7 @@ def read_clip(path, frames, stride, views=None, channels=3):
         seconds = begin + (times + 0.5) * (end - begin) / length  # the middle of a frame's time on the screen
         pixels = decoder.get_frames_played_at(seconds.tolist()).data
     pixels = v2.functional.rgb_to_grayscale(pixels) if channels == 1 else pixels
-    return pixels if views is None else pixels.unflatten(0, (views, frames))
+    return pixels.unflatten(0, (-1, frames))
 
 
 def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None, dates=1, scenes=False):
@@ -341,9 +343,9 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
         if channels != 3 or frames > 1 or dates > 1:
             raise UserError("CIFAR-10 has images of 3 channels and no clips")
         try:
-            if is_rank_0():  # torchvision keeps the files in ./data
+            if os.environ.get("RANK", "0") == "0":  # torchvision keeps the files in ./data
                 CIFAR10("data", download=True)
-            barrier()
+            sum_over_processes(torch.zeros(1))  # the others wait
             train, val = (CIFAR10("data", train=train) for train in (True, False))
         except (OSError, RuntimeError) as error:
             raise UserError(f"CIFAR-10 could not be downloaded to ./data: {error}") from None
@@ -376,7 +378,7 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
             raise UserError(f"{val} has the class folder {unknown[0]}, which {train} lacks")
         train, val = (Files(find_files(folder, classes, *kinds), *kind) for folder in (train, val))
     if val:
-        val.views = 1
+        val.segments = 1
     return train, val, classes if val else None
 
 
@@ -385,120 +387,95 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 
 
-class Normalise:
-    """PIL image or any tensor -> float tensor (..., C, H, W): integers scaled to [0, 1], then (x - mean) / std.
-
-    clips: the tensors are (..., C, T, H, W). bytes_later: bytes stay bytes, for `training_loader` to normalise.
-    """
-
-    def __init__(self, mean, std, clips=False, bytes_later=False, device=None):
-        shape = (-1, 1, 1, 1) if clips else (-1, 1, 1)
-        self.mean, self.std = (torch.tensor(values, device=device).view(shape) for values in (mean, std))
-        self.bytes_later = bytes_later
-
-    def __call__(self, image):
-        image = image if torch.is_tensor(image) else v2.functional.pil_to_tensor(image)
-        if self.bytes_later and image.dtype == torch.uint8:
-            return image
-        largest = 1 if image.is_floating_point() else torch.iinfo(image.dtype).max
-        # A single copy, in the order (C, H, W) where PIL has (H, W, C), and the rest in place: half the time.
-        image = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        return image.div_(largest).sub_(self.mean).div_(self.std)
-
-
-def crop_and_flip(image_size, mean, std, scale, flip=True, ratio=(3 / 4, 4 / 3), interpolation=BICUBIC):
+def crop_and_flip(image_size, scale, flip=True, ratio=(3 / 4, 4 / 3), interpolation=BICUBIC):
     """Random resized crop of an area share in `scale`, flip: the whole augmentation of pre-training.
 
-    This and the transforms below draw once for all frames of a clip (T, C, H, W).
+    This and the transforms below draw once for all frames of a video.
     """
     return v2.Compose([v2.RandomResizedCrop(height_and_width(image_size), scale, ratio, interpolation),
-                       v2.RandomHorizontalFlip(0.5 if flip else 0.0), Normalise(mean, std, bytes_later=True)])
+                       v2.RandomHorizontalFlip(0.5 if flip else 0.0), v2.PILToTensor()])
 
 
-def strong_augmentation(image_size, mean, std, randaugment, erasing, flip=True, operations=2):
+def strong_augmentation(args, flip=True, operations=2):
     """Augmentation of fine-tuning: random crop, flip, RandAugment (magnitude 0 to 10), erasing (a probability)."""
-    crop, flip, _ = crop_and_flip(image_size, mean, std, (0.08, 1.0), flip).transforms
+    crop, flip, to_tensor = crop_and_flip(args.image_size, (0.08, 1.0), flip).transforms
     # The papers, as timm, count RandAugment's magnitude to 10, torchvision to 30. It is for 1 or 3 channels only.
-    fill = [int(255 * value) for value in mean]
-    colours = [v2.RandAugment(operations, round(3 * randaugment), interpolation=BILINEAR, fill=fill)]
-    return v2.Compose([crop, flip, *(colours if randaugment and len(mean) in (1, 3) else []), Normalise(mean, std),
-                       v2.RandomErasing(erasing, scale=(0.02, 1 / 3), ratio=(0.3, 3.3), value="random")])
+    fill = [int(255 * value) for value in args.mean]
+    colours = [v2.RandAugment(operations, round(3 * args.randaugment), interpolation=BILINEAR, fill=fill)]
+    return v2.Compose([crop, flip, *(colours if args.randaugment and args.channels in (1, 3) else []), to_tensor,
+                       *([Erasing(args)] if args.erasing else [])])
+
+
+class Erasing(v2.RandomErasing):
+    """Fills a random rectangle with noise that is normal once the image is normalised."""
+
+    def __init__(self, args):
+        super().__init__(args.erasing, scale=(0.02, 1 / 3), ratio=(0.3, 3.3), value="random")
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (args.mean, args.std))
+
+    def forward(self, image):
+        image = image / 255 if image.dtype == torch.uint8 else image
+        return super().forward((image - self.mean) / self.std) * self.std + self.mean
 
 
 class CentreCrop:
     """The view at test time: the shorter side resized to size / 0.875 (from 256 to 224), and the centre cut out.
 
-    An image that already has the right size, as in CIFAR-10, is taken as it is.
+    An image that already has the right size, as in CIFAR-10, is taken as it is. With views > 1, so many squares evenly
+    along the longer side, each as large as the shorter side, as a new first dimension.
     """
 
-    def __init__(self, image_size, mean, std):
-        self.size, self.normalise = height_and_width(image_size), Normalise(mean, std)
+    def __init__(self, image_size, views=1):
+        self.size, self.views = height_and_width(image_size), views
 
     def __call__(self, image):
-        height, width = v2.functional.get_size(image)
-        if (height, width) != self.size:
-            factor = max(self.size[0] / height, self.size[1] / width) / 0.875
-            larger = [max(side, round(factor * old)) for side, old in zip(self.size, (height, width))]
-            image = v2.functional.resize(image, larger, BICUBIC)
-            image = v2.functional.center_crop(image, list(self.size))
-        return self.normalise(image)
-
-
-class SpatialViews(CentreCrop):
-    """`views` squares evenly along the longer side, each as large as the shorter side: [..., T, C, H, W] ->
-    (views, [...,] T, C, size, size). A single view is that of `CentreCrop`, also of a PIL image.
-    """
-
-    def __init__(self, image_size, mean, std, views):
-        super().__init__(image_size, mean, std)
-        self.views = views
-
-    def __call__(self, image):
+        old, new = v2.functional.get_size(image), self.size
+        if self.views == 1 and tuple(old) == new:
+            return v2.functional.pil_to_tensor(image) if isinstance(image, Image.Image) else image
+        factor = max(new[0] / old[0], new[1] / old[1]) / (0.875 if self.views == 1 else 1)
+        larger = [max(side, round(factor * length)) for side, length in zip(new, old)]
+        image = v2.functional.resize(image, larger, BICUBIC if self.views == 1 else BILINEAR)
+        image = v2.functional.pil_to_tensor(image) if isinstance(image, Image.Image) else image
         if self.views == 1:
-            return super().__call__(image)[None]
-        factor = max(self.size[0] / image.shape[-2], self.size[1] / image.shape[-1])
-        larger = [max(side, round(factor * old)) for side, old in zip(self.size, image.shape[-2:])]
-        image = self.normalise(v2.functional.resize(image, larger, BILINEAR))
-        spare = [large - side for large, side in zip(larger, self.size)]
-        corners = [[s * view // (self.views - 1) for s in spare] for view in range(self.views)]
-        return torch.stack([image[..., y:y + self.size[0], x:x + self.size[1]] for y, x in corners])
+            return v2.functional.center_crop(image, list(new))
+        corners = [[(length - side) * view // (self.views - 1) for side, length in zip(new, larger)]
+                   for view in range(self.views)]
+        return torch.stack([image[..., y:y + new[0], x:x + new[1]] for y, x in corners])
 
 
 class Repeated:
-    """A transform of images that repeats its result in time, as a clip of a still: -> (..., T, C, H, W)."""
+    """A transform of images whose result, (..., C, H, W), is repeated in time, as a clip: (..., 1, T, C, H, W)."""
 
     def __init__(self, transform, frames):
         self.transform, self.frames = transform, frames
 
     def __call__(self, image):
-        pixels = self.transform(image).unsqueeze(-4)
+        pixels = self.transform(image)[..., None, None, :, :, :]
         return pixels.expand(*pixels.shape[:-4], self.frames, *pixels.shape[-3:])
 
 
-def mix_up_and_cut_mix(num_classes, mixup, cutmix):
-    """Of a batch (images or clips, labels): MixUp or CutMix, each half of the time; labels become (B, num_classes)."""
-    choices = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))
-               if alpha > 0]
+def mix_up_and_cut_mix(args, classes):
+    """Of a batch (pixels, labels (B,)): MixUp or CutMix, each half of the time; labels become (B, classes)."""
+    choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, args.mixup),
+                                                                          (v2.CutMix, args.cutmix)) if alpha > 0]
 
     def mix(pixels, labels):
-        if not choices:
-            return pixels, labels
-        kind = tv_tensors.Video if pixels.ndim == 5 else tv_tensors.Image
-        pixels, labels = v2.RandomChoice(choices)(kind(pixels), labels)
-        return pixels.as_subclass(torch.Tensor), labels
-    return mix
+        images = tv_tensors.Image(pixels.flatten(1, -3))  # (B, all else, H, W): mixed alike in all frames
+        images, labels = v2.RandomChoice(choices)(images, labels)
+        return images.as_subclass(torch.Tensor).view(pixels.shape), labels
+    return mix if choices else None
 
 
 def measure_mean_and_std(source, image_size, images=1000):
     """Mean and standard deviation of each channel over up to `images` images evenly taken from a source."""
-    samples = Samples(source, CentreCrop(image_size, [0.0], [1.0]))
-    sums, squares, count = 0, 0, 0
+    samples, sums, squares, pixels = Samples(source, CentreCrop(image_size)), 0, 0, 0
     for index in evenly(len(source), images):
-        image = samples[index, 0][0].double()
-        image = (image.transpose(0, 1) if image.ndim == 5 else image).flatten(1)  # (C, [views * T *] H * W)
-        sums, squares, count = sums + image.sum(1), squares + image.square().sum(1), count + image.shape[1]
-    mean = sums / count
-    std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+        image = v2.functional.to_dtype(samples.example(index)[0], torch.float64, scale=True)
+        channels = image.movedim(-3 if image.ndim == 3 else -4, 0).flatten(1)  # (C, everything else)
+        sums, squares = sums + channels.sum(1), squares + channels.square().sum(1)
+        pixels += channels.shape[1]
+    mean = sums / pixels
+    std = (squares / pixels - mean.square()).clamp(min=1e-12).sqrt()
     # Rounded, so that a run goes on although another machine measures another last digit.
     return [[float(f"{value:.4g}") for value in values.tolist()] for values in (mean, std)]
 
@@ -507,7 +484,8 @@ def measure_mean_and_std(source, image_size, images=1000):
 
 
 class Samples(Dataset):
-    """A source with its augmentation: (index, position) -> (image (C, H, W) or clip ([views,] C, T, H, W), label).
+    """A source with its augmentation: (index, position) -> (pixels, label, ...), not normalised: images (C, H, W), series
+    (C, dates, H, W), clips (views, segments, C, T, H, W).
 
     Augmentation and time of a clip are seeded by (seed, position), where position is the place of the draw in the whole
     run. Unreadable files are named once and counted by their source. The next readable one takes their place; without
@@ -537,9 +515,15 @@ class Samples(Dataset):
             readable = index
             while (sample := self.read(readable)) is None:
                 readable = (readable + 1) % len(self.source)
-            pixels, label, *dates = sample
+            pixels, label, *stamps = sample
             pixels, label = self.transform(pixels), label if self.replace or readable == index else -1
-        return (pixels.transpose(-4, -3) if pixels.ndim > 3 else pixels), label, *dates
+        if pixels.ndim > 3:  # channels before time
+            pixels = pixels.transpose(-4, -3)
+        return (pixels[None] if pixels.ndim == 5 else pixels), label, *stamps
+
+    def example(self, index):
+        """The sample of this index, the same each time."""
+        return self[index, 0]
 
 
 def evenly(length, count):
@@ -548,15 +532,15 @@ def evenly(length, count):
     return [i * length // count for i in range(count)]
 
 
-def rows_of_process(batch_size, accumulate, part, rank, processes):
-    """The rows of the global batch that one process takes in one of its `accumulate` passes, as a slice."""
-    share = batch_size // (accumulate * processes)
-    start = (part * processes + rank) * share
+def rows_of_process(args, part):
+    """The rows of the global batch that this process takes in one of its `accumulate` passes, as a slice."""
+    share = args.batch_size // (args.accumulate * args.processes)
+    start = (part * args.processes + args.rank) * share
     return slice(start, start + share)
 
 
-def step_batches(length, args, first_step, rank, processes):
-    """The (index, position) pairs of each pass of each step from `first_step` on, for one process.
+def step_batches(length, args, first_step):
+    """The (index, position) pairs of each pass of each step from `first_step` on, for this process.
 
     Position p of the run is in epoch p // length. An epoch is a permutation seeded by (seed, epoch); the last batch of
     an epoch is filled from the next one.
@@ -564,8 +548,7 @@ def step_batches(length, args, first_step, rank, processes):
     order, epoch = None, None
     for step in range(first_step, args.steps):
         for part in range(args.accumulate):
-            rows = rows_of_process(args.batch_size, args.accumulate, part, rank, processes)
-            batch = []
+            rows, batch = rows_of_process(args, part), []
             for position in range(step * args.batch_size + rows.start, step * args.batch_size + rows.stop):
                 if position // length != epoch:
                     epoch = position // length
@@ -583,55 +566,83 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
-def stack(normalise, samples):
-    """A batch of samples. Bytes stay bytes, unless there are floats among them, which are normalised already."""
-    if any(pixels.dtype != torch.uint8 for pixels, *_ in samples):
-        samples = [(normalise(pixels) if pixels.dtype == torch.uint8 else pixels, *rest) for pixels, *rest in samples]
+def stack(samples):
+    """A batch of samples. Bytes stay bytes, unless there are floats in [0, 1] among them."""
+    if len({pixels.dtype for pixels, *_ in samples}) > 1:
+        samples = [(pixels / 255 if pixels.dtype == torch.uint8 else pixels, *rest) for pixels, *rest in samples]
     return default_collate(samples)
 
 
-def training_loader(samples, args, first_step, rank, processes, device):
-    """Batches of this process for the steps from `first_step` to `args.steps`, `args.accumulate` of them a step.
+class OnDevice:
+    """Moves a batch to the device and normalises it there, the only place where that is done."""
 
-    They are on the device, or on their way to it. Bytes are normalised there: less work and less to move for workers.
-    """
+    def __init__(self, args, device):
+        self.device, self.largest = device, torch.tensor(255.0, device=device)
+        self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (args.mean, args.std))
+
+    def __call__(self, batch):
+        pixels, *rest = (x.to(self.device, non_blocking=True) for x in batch)
+        is_bytes = pixels.dtype == torch.uint8
+        pixels = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if is_bytes:  # by a tensor, since CUDA multiplies by 1 / 255 where it is a number, and HOG sees the last bit
+            pixels.div_(self.largest)
+        mean, std = (x if pixels.ndim == 4 else x[:, None] for x in (self.mean, self.std))
+        return pixels.sub_(mean).div_(std), *rest
+
+
+def loader(samples, batches, args, device):
+    """`batches` of samples, given as lists of (index, position), on the device or on their way to it."""
+    return map(OnDevice(args, device), DataLoader(
+        samples, batch_sampler=batches, num_workers=args.workers, collate_fn=stack, pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals))
+
+
+def one_clip(pixels):
+    """Of each video its only clip, (B, 1, 1, C, T, H, W) -> (B, C, T, H, W); images are taken as they are."""
+    return pixels.flatten(0, 2) if pixels.ndim == 7 else pixels
+
+
+def examples(samples, indices, args, device):
+    """A batch of these samples, on the device."""
+    return OnDevice(args, device)(stack([samples.example(index) for index in indices]))
+
+
+def training_loader(samples, args, device, first_step):
+    """Batches of this process for the steps from `first_step` to `args.steps`, `args.accumulate` of them a step."""
     if args.benchmark:  # the same random numbers at every step
-        pixels, *rest = default_collate([samples[0, 0]] * (args.batch_size // (args.accumulate * processes)))
+        size = args.batch_size // (args.accumulate * args.processes)
+        pixels, *rest = default_collate([samples.example(0)] * size)
         return itertools.repeat((torch.randn(pixels.shape, device=device), *(x.to(device) for x in rest)))
-    clips = getattr(args, "frames", 1) > 1
-    here, there = (Normalise(args.mean, args.std, clips, device=place) for place in ("cpu", device))
-
-    def on_device(batch):
-        pixels, *rest = (x.to(device, non_blocking=True) for x in batch)
-        return there(pixels) if pixels.dtype == torch.uint8 else pixels, *rest
-
-    batches = step_batches(len(samples.source), args, first_step, rank, processes)
-    return map(on_device, DataLoader(samples, batch_sampler=batches, num_workers=args.workers,
-                                     collate_fn=functools.partial(stack, here), pin_memory=device.type == "cuda",
-                                     worker_init_fn=ignore_signals))
+    return loader(samples, step_batches(len(samples.source), args, first_step), args, device)
 
 
-def test_loader(samples, args, device, rank=0, processes=1, limit=None):
-    """Each sample once, in order, every process its own ones; with `limit`, that many samples evenly taken from all."""
-    chosen = evenly(len(samples.source), limit or len(samples.source))[rank::processes]
-    size = max(1, 128 // (getattr(args, "frames", 1) * (getattr(samples.source, "views", None) or 1)))
-    batches = [[(index, 0) for index in chosen[i:i + size]] for i in range(0, len(chosen), size)]
-    return DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
-                      worker_init_fn=ignore_signals)
+def test_loader(samples, args, device, limit=None):
+    """Each sample once, in order, every process its own ones; with `limit`, that many, evenly taken, of all processes."""
+    planes = math.prod(samples.example(0)[0].shape[:-2])  # 3 of an image, more of a clip
+    size = max(1, 384 // planes)
+    chosen = evenly(len(samples.source), limit or len(samples.source))
+    chosen = chosen if limit else chosen[args.rank::args.processes]
+    return loader(samples, [[(i, 0) for i in chosen[k:k + size]] for k in range(0, len(chosen), size)], args, device)
+
+
+# ------------------------------------------------------------------------------------------- what features are worth
 
 
 @torch.no_grad()
-def features(encode, samples, args, device, limit):
-    """(encode(pixels), labels (N,)) of up to `limit` samples, evenly taken, without unreadable files."""
+def features(encoders, samples, args, device, limit):
+    """([features (N, K) of each encoder], labels (N,)) of up to `limit` samples, evenly taken, unreadable files left out.
+
+    An encoder is a function of a batch, (pixels, ...) -> (B, K); clips come as (B, C, T, H, W).
+    """
     x, y = [], []
-    for pixels, labels, *dates in test_loader(samples, args, device, limit=limit):
-        pixels = pixels.flatten(0, 1) if pixels.ndim == 6 else pixels  # a single view of each video
-        with precision_of(args, device)[0]:
-            x.append(encode(pixels.to(device), *(stamps.to(device) for stamps in dates)))
+    for pixels, labels, *stamps in test_loader(samples, args, device, limit):
+        pixels = one_clip(pixels)
+        with precision_of(args)[0]:
+            x.append([encode(pixels, *stamps).float() for encode in encoders])
         y.append(labels)
-    x, y = torch.cat(x), torch.cat(y)
-    x = x.cpu() if device.type == "mps" else x  # a probe computes in float64, which MPS does not have
-    return x[y >= 0], y[y >= 0].to(x.device)
+    y = torch.cat(y)
+    x = [torch.cat(parts)[y >= 0] for parts in zip(*x)]
+    return [part.cpu() if device.type == "mps" else part for part in x], y[y >= 0]  # MPS has no float64
 
 
 def by_label(source, labels):
@@ -641,18 +652,83 @@ def by_label(source, labels):
     return {"class": labels}
 
 
-def report_unreadable(*sources):
-    """Wait for all processes, and say how many files of each source they could not read so far, together."""
-    barrier()
+def nearest_neighbours(x, labels, neighbours=10):
+    """Accuracy in percent when each sample takes the commonest label of its nearest others. x (N, D), labels (N,)."""
+    x = F.normalize(x - x.mean(dim=0), dim=1)
+    similarity = (x @ x.T).fill_diagonal_(-math.inf)
+    votes = F.one_hot(labels[similarity.topk(min(neighbours, len(x) - 1)).indices]).sum(dim=1)
+    return 100 * (votes.argmax(dim=1) == labels).double().mean().item()
+
+
+def spread_and_rank(x):
+    """How far a batch of features (N, D) is from a collapse: (spread, effective rank).
+
+    The spread is the deviation of each number across the samples, on average; 0 if all samples have the same features.
+    The effective rank is the exponential of the entropy of the singular values' shares (RankMe, arXiv 2210.02885), here
+    of the centred features: about the number of directions that are in use.
+    """
+    x = x - x.mean(dim=0)
+    share = torch.linalg.svdvals(x)
+    share = share / share.sum().clamp(min=1e-12)
+    return x.std(dim=0).mean().item(), torch.exp(-torch.xlogy(share, share).sum()).item()
+
+
+def watch(encoder, samples, args, device, labelled):
+    """For the log, what features of held-out clips are worth at this step: spread, rank, and where there are labels the
+    accuracy of nearest neighbours, their mean as the score. Warns of a collapse.
+    """
+    (x,), labels = features([encoder], samples, args, device, args.probe_clips)
+    if not x.isfinite().all():
+        return {}  # the loss is not finite either, which ends the run
+    spread, rank = spread_and_rank(x)
+    found = {"spread": spread, "rank": rank}
+    if labelled:
+        known = by_label(samples.source, labels)
+        found |= {f"knn_{name}": nearest_neighbours(x, of_name) for name, of_name in known.items()}
+        found["score"] = sum(found[f"knn_{name}"] for name in known) / len(known)
+    if spread < 0.1 or rank < 2:  # a healthy run has a spread of 0.4 and more
+        tqdm.write(f"warning: the features collapse (spread {spread:.3f}, effective rank {rank:.1f}): all clips look "
+                   "alike to the encoder. Lower --base-lr, raise --momentum or --batch-size.", sys.stderr)
+    return found
+
+
+def ridge_probe(train_features, train_labels, features, labels, penalty=1e-4):
+    """Accuracy in percent of a linear classifier on frozen features: ridge regression to one-hot labels.
+
+    features (N, D), labels (N,). Closed form, so it needs no tuning and costs no training. Features are standardised
+    by the training set; `penalty` is relative to the number of training samples.
+    """
+    mean, std = train_features.double().mean(0), train_features.double().std(0) + 1e-6
+    x, x_test = ((f.double() - mean) / std for f in (train_features, features))
+    y = F.one_hot(train_labels.long()).double()
+    bias = y.mean(0)
+    gram = x.T @ x + penalty * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    weights = torch.linalg.solve(gram, x.T @ (y - bias))
+    return 100 * ((x_test @ weights + bias).argmax(1) == labels).double().mean().item()
+
+
+def print_probe(encoders, train, val, args, device, train_limit=3000, limit=3000):
+    """Print the accuracy of ridge regression on frozen features. encoders: {"after training": function as in `features`}."""
+    x, y = features(encoders.values(), train, args, device, train_limit)
+    x_val, y_val = features(encoders.values(), val, args, device, limit)
+    y, y_val = (by_label(train.source, labels) for labels in (y, y_val))
+    for name in y:
+        found = [ridge_probe(one, y[name], one_val, y_val[name]) for one, one_val in zip(x, x_val)]
+        print(f"probe of the frozen encoder on validation samples, {name}: "
+              + ", ".join(f"{accuracy:.1f} % {when}" for accuracy, when in zip(found, encoders)))
+
+
+def report_unreadable(args, *sources):
+    """Say how many files of each source all processes together could not read so far."""
     for source in sources:
         if isinstance(source, Files):
             bad = int((sum_over_processes(source.unreadable.int()) > 0).sum())
-            if is_rank_0() and bad:
+            if args.rank == 0 and bad:
                 print(f"{bad} of {len(source)} files could not be read and were skipped", file=sys.stderr)
 
 
-def complete(args, source, device, processes=1):
-    """Check and fill in what depends on the data and the machine: mean and deviation, steps, workers, compile."""
+def settle(args, source):
+    """Fill in what depends on the data, mean, deviation and steps, and check what does."""
     if bool(args.mean) != bool(args.std):
         raise UserError("give both --mean and --std, or neither")
     if args.measure or (not args.mean and args.channels != 3):
@@ -660,13 +736,11 @@ def complete(args, source, device, processes=1):
     args.mean, args.std = list(args.mean or IMAGENET_MEAN), list(args.std or IMAGENET_STD)
     if len(args.mean) != args.channels or len(args.std) != args.channels or not min(args.std) > 0:
         raise UserError(f"--mean and --std need {args.channels} numbers each, one a channel, and --std positive ones")
-    if args.batch_size and args.batch_size % (args.accumulate * processes):
-        raise UserError(f"a batch of {args.batch_size} cannot be shared by {processes} processes "
+    if args.task == "show":
+        return
+    if args.batch_size % (args.accumulate * args.processes):
+        raise UserError(f"a batch of {args.batch_size} cannot be shared by {args.processes} processes "
                         f"in {args.accumulate} passes each")
-    if args.steps is None and args.batch_size:
+    args.steps_per_epoch = max(1, len(source) // args.batch_size)
+    if args.steps is None:
         args.steps = max(1, math.ceil(args.epochs * len(source) / args.batch_size))
-    if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if args.compile is None:
-        args.compile = device.type == "cuda"

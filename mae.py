@@ -21,96 +21,66 @@ It never sees a mask token, which makes it both better and cheaper; the decoder 
     python mae.py show --init runs/mae/last.pt --image photo.jpg
     python mae.py --bands 0,1,2/3,4/5 --out runs/bands      SatMAE on scenes of six bands; --dates 3: at three dates
 """
+import functools
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import default_collate
 
 import data
-from common import (Block, Log, PatchEmbed, UserError, ViT, accuracy, cosine, grid_of, is_rank_0, join_processes,
-                    load_strictly, mix_seed, no_sync, number_of_processes, open_run, parameter_groups,
-                    parse_command_line, patchify, precision_of, put, read_weights, ridge_probe, run_main, save_pictures,
-                    sincos_1d, sincos_2d, take, unpatchify)
+from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, Block, PatchEmbed, Run, UserError,
+                    ViT, accuracy, cosine, describe, flag, grid_of, height_x_width, join_processes, load_strictly,
+                    mix_seed, no_sync, parameter_groups, parse_command_line, patchify, precision_of, put, read_weights,
+                    run_main, save_pictures, share, sincos_1d, sincos_2d, take, train_classifier, unpatchify)
 
-# Each entry is (paper's value, demo's value) and also a flag, explained below; a dictionary gives values by model size.
-MODEL = {
-    "size": ("base", "nano"),
-    "image_size": (224, 64),
-    "patch_size": ({"base": 16, "large": 16, "huge": 14}, 8),
-    "bands": (None, None),
-    "dates": (1, 1),
-}
-AUTOENCODER = {
-    "decoder_dim": (512, 64),
-    "decoder_depth": (8, 1),
-    "decoder_heads": (16, 2),
-    "masking": ("random", "random"),
-    "mask_ratio": (0.75, 0.75),
-    "norm_pix_loss": (True, True),
-    "encode_mask_tokens": (False, False),
-    "consistent": (False, False),
-}
-RECIPES = {
-    "pretrain": {  # Table 8
-        **MODEL,
-        **AUTOENCODER,
-        "steps": (None, 700),
-        "epochs": (800, None),
-        "batch_size": (4096, 64),
-        "base_lr": (1.5e-4, 8e-3),
-        "warmup": (40 / 800, 0.05),
-        "weight_decay": (0.05, 0.05),
-    },
-    "finetune": {  # Table 9; where the published FINETUNE.md differs, that
-        **MODEL,
-        "pool": ("mean", "mean"),
-        "epochs": ({"base": 100, "large": 50, "huge": 50}, 10),
-        "batch_size": (1024, 128),
-        "base_lr": ({"base": 5e-4, "large": 1e-3, "huge": 1e-3}, 2e-3),
-        "min_lr": (1e-6, 1e-6),
-        "warmup": ({"base": 5 / 100, "large": 5 / 50, "huge": 5 / 50}, 0.1),
-        "weight_decay": (0.05, 0.05),
-        "layer_decay": ({"base": 0.65, "large": 0.75, "huge": 0.75}, 0.75),
-        "drop_path": ({"base": 0.1, "large": 0.2, "huge": 0.3}, 0.0),
-        "randaugment": (9.0, 0.0),
-        "erasing": (0.25, 0.0),
-        "mixup": (0.8, 0.0),
-        "cutmix": (1.0, 0.0),
-        "smoothing": (0.1, 0.1),
-        "eval_only": (False, False),
-    },
-    "linprobe": {  # Table 10
-        **MODEL,
-        "pool": ("class", "mean"),
-        "epochs": ({"base": 90, "large": 50, "huge": 50}, 10),
-        "batch_size": (16384, 256),
-        "base_lr": (0.1, 0.1),
-        "min_lr": (0.0, 0.0),
-        "warmup": ({"base": 10 / 90, "large": 10 / 50, "huge": 10 / 50}, 0.1),
-        "weight_decay": (0.0, 0.0),
-        "smoothing": (0.0, 0.0),
-        "eval_only": (False, False),
-    },
-    # The published files with a decoder were trained on plain pixels; ours know their own values.
-    "show": {**MODEL, **AUTOENCODER, "norm_pix_loss": (False, False), "image": (None, None)},
-}
-FLAGS = {  # beside those of common.py
-    "decoder_dim": (int, "width of the decoder"),
-    "decoder_depth": (int, "blocks of the decoder"),
-    "decoder_heads": (int, "attention heads of the decoder"),
-    "masking": (["random", "block", "grid"], "which patches are hidden"),
-    "mask_ratio": (float, "share of the patches that are hidden"),
-    "norm_pix_loss": (bool, "normalise the pixels of each target patch by their own mean and deviation"),
-    "encode_mask_tokens": (bool, "let the encoder see mask tokens too, for comparison"),
-    "bands": (str, "groups of channels with tokens of their own, such as 0,1,2/3,4 (SatMAE)"),
-    "dates": (int, "images of each place, at different times, with tokens of their own (SatMAE)"),
-    "consistent": (bool, "hide the same places in all groups of bands, or at all dates"),
-    "pool": (["class", "mean"], "what the classifier reads: the class token, or the mean of the patch tokens"),
-    "image": (str, "photograph for show (default: some of --data)"),
-}
+MODEL = CHANNELS | dict(
+    size=flag("base", "of the encoder", list(SIZES), demo="nano"),
+    image_size=flag(224, "pixels, a number or HEIGHTxWIDTH", height_x_width, demo=64),
+    patch_size=flag(16, "side of a patch, pixels", huge=14, demo=8),
+    bands=flag(None, "groups of channels with tokens of their own, such as 0,1,2/3,4 (SatMAE)", str),
+    dates=flag(1, "images of each place, at different times, with tokens of their own (SatMAE)"),
+)
+AUTOENCODER = dict(
+    decoder_dim=flag(512, "width of the decoder", demo=64),
+    decoder_depth=flag(8, "blocks of the decoder", demo=1),
+    decoder_heads=flag(16, "attention heads of the decoder", demo=2),
+    masking=flag("random", "which patches are hidden", ["random", "block", "grid"]),
+    mask_ratio=flag(0.75, "share of the patches that are hidden", share),
+    norm_pix_loss=flag(True, "normalise the pixels of each target patch by their own mean and deviation"),
+    encode_mask_tokens=flag(False, "let the encoder see mask tokens too, for comparison"),
+    consistent=flag(False, "hide the same places in all groups of bands, or at all dates"),
+)
+PRETRAIN = INPUT | MODEL | AUTOENCODER | TRAINING | dict(  # Table 8
+    epochs=flag(800.0, "passes over the data", demo=7.5),
+    batch_size=flag(4096, "images per step, on all GPUs together", demo=64),
+    base_lr=flag(1.5e-4, "learning rate per 256 images of a batch", demo=8e-3),
+    warmup=flag(40 / 800, "share of the steps in which the learning rate rises", share),
+)
+FINETUNE = INPUT | MODEL | TRAINING | CLASSIFICATION | AUGMENTATION | dict(  # Table 9; where the published FINETUNE.md differs, that
+    pool=flag("mean", "what the classifier reads: the class token, or the mean of the patch tokens", ["class", "mean"]),
+    epochs=flag(100.0, "passes over the data", large=50.0, huge=50.0, demo=10.0),
+    batch_size=flag(1024, "images per step, on all GPUs together", demo=128),
+    base_lr=flag(5e-4, "learning rate per 256 images of a batch", large=1e-3, huge=1e-3, demo=2e-3),
+    warmup=flag(5 / 100, "share of the steps in which the learning rate rises", share, large=0.1, huge=0.1, demo=0.1),
+    layer_decay=flag(0.65, "factor on the learning rate from one block to the block below", large=0.75, huge=0.75,
+                     demo=0.75),
+    drop_path=flag(0.1, "chance to skip a branch of the last block; rises linearly from the first", share, large=0.2,
+                   huge=0.3, demo=0.0),
+)
+LINPROBE = INPUT | MODEL | TRAINING | CLASSIFICATION | dict(  # Table 10
+    pool=flag("class", "what the classifier reads: the class token, or the mean of the patch tokens", ["class", "mean"],
+              demo="mean"),
+    epochs=flag(90.0, "passes over the data", large=50.0, huge=50.0, demo=10.0),
+    batch_size=flag(16384, "images per step, on all GPUs together", demo=256),
+    base_lr=flag(0.1, "learning rate per 256 images of a batch"),
+    min_lr=flag(0.0, "learning rate at the end of the schedule"),
+    warmup=flag(10 / 90, "share of the steps in which the learning rate rises", share, large=0.2, huge=0.2, demo=0.1),
+    weight_decay=flag(0.0, "of SGD"),
+    smoothing=flag(0.0, "label smoothing", share),
+)
+SHOW = INPUT | MODEL | AUTOENCODER | dict(image=flag(None, "photograph for show (default: some of --data)", str))
 
 # ------------------------------------------------------------------------------------------------------------ masking
 # A mask is two lists of places, visible (B, N) and hidden (B, M): numbers of patches in raster order.
@@ -312,8 +282,9 @@ class SatMAE(SatelliteViT, MAE):
     (B, L, P*P*C) for each slice.
     """
 
-    def __init__(self, *arguments, bands=None, dates=1, decoder_dim=512, **named):
-        super().__init__(*arguments, bands=bands, dates=dates, decoder_dim=decoder_dim, **named)
+    def __init__(self, *arguments, bands=None, dates=1, **named):
+        super().__init__(*arguments, bands=bands, dates=dates, **named)
+        decoder_dim = self.decoder_embed.out_features
         self.decoder_date_width = min(64, decoder_dim // 24 * 4)
         width = min(128, decoder_dim // 2) if bands else 3 * self.decoder_date_width
         self.decoder_pos_embed = fixed(F.pad(sincos_2d(decoder_dim - width, self.grid), (0, 0, 1, 0)))
@@ -385,23 +356,18 @@ def masks_of_slices(masking, slices, consistent, batch, grid, ratio, generator, 
 # ------------------------------------------------------------------------------------------------------- pre-training
 
 
-def check_bands(args):
-    """Check --bands and --dates; the built-in scenes get as many channels as --bands asks for."""
+def open_images(args, labelled):
+    """Sources of images, scenes of many bands, or series, as in `data.open_sources`; checks --bands and --dates."""
+    every = [band for group in groups_of(args.bands) or () for band in group]
     if args.bands and args.dates > 1:
         raise UserError("give --bands or --dates, not both")
-    every = [band for group in groups_of(args.bands) or () for band in group]
     if len(set(every)) < len(every):
         raise UserError(f"--bands {args.bands} has a band twice")
-    if not args.data and not args.init:
-        args.channels = max([args.channels] + [band + 1 for band in every])
+    if not args.data and not args.init:  # the built-in scenes have as many channels as are asked for
+        args.channels = max([args.channels, *(band + 1 for band in every)])
     if every and (max(every) >= args.channels or min(every) < 0):
         raise UserError(f"--bands {args.bands} has a band that is not among the {args.channels} channels, 0 to "
                         f"{args.channels - 1} (--channels)")
-
-
-def open_images(args, labelled):
-    """Sources of images, scenes of many bands, or series, as in `data.open_sources`."""
-    check_bands(args)
     return data.open_sources(args.data, args.channels, labelled, dates=args.dates, scenes=bool(args.bands))
 
 
@@ -411,14 +377,14 @@ def new_model(args):
     if not 0 < int(patches * (1 - args.mask_ratio)) < patches:
         raise UserError(f"--mask-ratio {args.mask_ratio} hides none or all of the {patches} patches")
     torch.manual_seed(args.seed)
-    shape = (args.size, args.image_size, args.patch_size, args.channels, args.norm_pix_loss)
-    decoder = {name: getattr(args, name) for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    shape = (args.size, args.image_size, args.patch_size, args.channels, args.norm_pix_loss, args.decoder_dim,
+             args.decoder_depth, args.decoder_heads)
     if args.bands or args.dates > 1:
         if args.encode_mask_tokens:
             raise UserError("--encode-mask-tokens is not for --bands or --dates")
-        model = SatMAE(*shape, **decoder, bands=groups_of(args.bands), dates=args.dates)
+        model = SatMAE(*shape, bands=groups_of(args.bands), dates=args.dates)
     else:
-        model = MAE(*shape, **decoder, encode_mask_tokens=args.encode_mask_tokens)
+        model = MAE(*shape, args.encode_mask_tokens)
     if args.init:
         weights, _ = read_weights(args.init)
         if "decoder_embed.weight" not in weights:
@@ -440,71 +406,60 @@ def draw_masks(args, batch, generator, device):
 
 
 def pretrain(args):
-    device, rank, processes = join_processes(args.device)
+    device = join_processes(args)
     train_source, val_source, classes = open_images(args, labelled=False)
-    data.complete(args, train_source, device, processes)
-    augmentation = data.crop_and_flip(args.image_size, args.mean, args.std, scale=(0.2, 1.0))
-    samples = data.Samples(train_source, augmentation, args.seed)
+    data.settle(args, train_source)
+    samples = data.Samples(train_source, data.crop_and_flip(args.image_size, scale=(0.2, 1.0)), args.seed)
 
     model = new_model(args).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
-    autocast, scaler = precision_of(args, device)
-    first_step = open_run(args, model, optimizer, scaler)
-    net = DistributedDataParallel(model) if processes > 1 else model
+    autocast, scaler = precision_of(args)
+    run = Run(args, model, optimizer, scaler)
+    net = DistributedDataParallel(model) if args.processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
-    batches = data.training_loader(samples, args, first_step, rank, processes, device)
+    batches = data.training_loader(samples, args, device, run.step)
     generator = torch.Generator(device)
-    log = Log(args, first_step, "images")
-    for step in range(first_step, args.steps):
+    for step in range(run.step, args.steps):
         lr = cosine(step, args.steps, args.warmup * args.steps, args.base_lr * args.batch_size / 256)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = lr
 
         # Every process draws the masks of the whole batch and takes its rows: their number does not change the run.
         generator.manual_seed(mix_seed(args.seed, step))
         visible, hidden = draw_masks(args, args.batch_size, generator, device)
         for part in range(args.accumulate):
-            rows = data.rows_of_process(args.batch_size, args.accumulate, part, rank, processes)
-            images, _, *stamps = next(batches)
+            rows = data.rows_of_process(args, part)
+            images, _, *stamps = next(batches)  # (B, C, H, W); of dates (B, C, dates, H, W) and (B, dates, 3)
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:
                     loss, _ = net(images, visible[rows], hidden[rows], *stamps)
                 scaler.scale(loss / args.accumulate).backward()
-            log.losses.append(loss.detach())
+            run.losses.append(loss.detach())
         if args.clip_grad:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        run.step_done(lr)
+    run.close()
 
-        log.step_done()
-        if log.due:
-            log.write(loss=log.mean_loss(lr, scaler), lr=lr)  # stops the run before it saves, if it is not finite
-        log.save_or_leave(model, optimizer, scaler)
-    log.close()
-
-    if is_rank_0():
-        view = data.CentreCrop(args.image_size, args.mean, args.std)
-        val = data.Samples(val_source or train_source, view, replace=False)
-        save_picture(model, val, args)
+    if args.rank == 0:
+        view = data.CentreCrop(args.image_size)
+        train, val = (data.Samples(source, view, replace=False) for source in (train_source, val_source or train_source))
+        save_picture(model, val, args, device)
         print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
         if classes:
-            train = data.Samples(train_source, view, replace=False)
-            before, after = (probe(m, train, val, args, device) for m in (new_model(args).to(device), model))
-            print(f"linear probe of the frozen encoder on validation images: {before:.1f} % before training, "
-                  f"{after:.1f} % after")
-    data.report_unreadable(train_source, val_source)
+            untrained = new_model(args).to(device)
+            data.print_probe({"before training": features_of(untrained), "after": features_of(model)}, train, val, args,
+                             device)
+    data.report_unreadable(args, train_source, val_source)
 
 
-def probe(model, train, val, args, device, limit=3000):
-    """Accuracy in percent of ridge regression on the mean of the patch tokens, with up to `limit` images of each."""
-
-    def encode(*images):
-        return model.eval().tokens(*images)[:, 1:].float().mean(dim=1)  # (B, D)
-
-    return ridge_probe(*(x for samples in (train, val) for x in data.features(encode, samples, args, device, limit)))
+def features_of(model):
+    """The function images -> (B, D), the mean of the patch tokens of the encoder."""
+    return lambda *images: model.eval().tokens(*images)[:, 1:].float().mean(dim=1)
 
 
 # ----------------------------------------------------------------------------------------------------- classification
@@ -513,21 +468,20 @@ def probe(model, train, val, args, device, limit=3000):
 def new_classifier(args, classes):
     """The encoder in --init (or a new one) with a new head; a finished classifier for --eval-only."""
     torch.manual_seed(args.seed)
-    changes = {"image_size": args.image_size, "frames": 1, "tubelet": 1, "pool": args.pool, "num_classes": len(classes)}
-    if args.task == "finetune":
-        changes["drop_path"] = args.drop_path
-    kind, changes["channels"] = ViT, args.channels
+    kind, shape = ViT, {"image_size": args.image_size, "channels": args.channels, "num_classes": classes}
     if args.bands or args.dates > 1:
-        kind, changes = SatelliteViT, {**changes, "bands": groups_of(args.bands), "dates": args.dates}
+        kind, shape = SatelliteViT, {**shape, "bands": groups_of(args.bands), "dates": args.dates}
+    if args.task == "finetune":
+        shape["drop_path"] = args.drop_path
     if args.init:
-        model = kind.load(args.init, **changes)
+        if args.eval_only:
+            args.pool = describe(*read_weights(args.init), args.init)["pool"]
+        model = kind.load(args.init, frames=1, tubelet=1, pool=args.pool, **shape)
     else:
-        model = kind(args.size, patch_size=args.patch_size, **changes)
+        model = kind(args.size, patch_size=args.patch_size, pool=args.pool, **shape)
     head = model.head
     nn.init.zeros_(head.bias)
     if args.task == "linprobe":
-        if args.batch_size and args.batch_size // args.accumulate < 2 * number_of_processes():
-            raise UserError("BatchNorm needs at least 2 images in a pass of a process: raise --batch-size")
         nn.init.trunc_normal_(head.weight, std=0.01)
         model.requires_grad_(False)
         head.requires_grad_(True)
@@ -537,94 +491,55 @@ def new_classifier(args, classes):
         for name in ("pos_embed", "channel_embed"):  # the published code trains them when it fine-tunes
             if hasattr(model, name):
                 getattr(model, name).requires_grad_(True)
+    if args.eval_only:
+        load_strictly(model, read_weights(args.init)[0], args.init)
     return model
 
 
 def classify(args):
     """The tasks `finetune` (Section 4, Table 9) and `linprobe` (Table 10: the encoder is frozen)."""
-    device, rank, processes = join_processes(args.device)
+    device = join_processes(args)
     train_source, val_source, classes = open_images(args, labelled=True)
-    data.complete(args, train_source, device, processes)
-    args.num_classes = len(classes)
-    if args.task == "finetune":
-        augmentation = data.strong_augmentation(args.image_size, args.mean, args.std, args.randaugment, args.erasing)
-    else:
-        augmentation = data.crop_and_flip(args.image_size, args.mean, args.std, scale=(0.08, 1.0))
-    samples = data.Samples(train_source, augmentation, args.seed)
-    val = data.Samples(val_source, data.CentreCrop(args.image_size, args.mean, args.std), replace=False)
-    val_batches = data.test_loader(val, args, device, rank, processes)
+    data.settle(args, train_source)
+    if args.task == "linprobe" and args.batch_size // args.accumulate < 2 * args.processes:
+        raise UserError("BatchNorm needs at least 2 images in a pass of a process: raise --batch-size")
+    val = data.Samples(val_source, data.CentreCrop(args.image_size), replace=False)
+    model = new_classifier(args, len(classes)).to(device)
 
-    model = new_classifier(args, classes).to(device)
-    autocast, scaler = precision_of(args, device)
+    def test(last):
+        return accuracy(args, model, data.test_loader(val, args, device), last)
+
+    def schedule(step):
+        peak = args.base_lr * args.batch_size / 256
+        return cosine(step, args.steps, args.warmup * args.steps, peak, args.min_lr), args.weight_decay
+
     if args.eval_only:
-        load_strictly(model, read_weights(args.init)[0], args.init)
-        top1, top5 = accuracy(model, val_batches, device, autocast)
-        if is_rank_0():
-            print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(val_source)} validation images")
-        data.report_unreadable(val_source)
-        return
-
-    if args.task == "finetune":
+        test(last=True)
+    elif args.task == "finetune":
+        samples = data.Samples(train_source, data.strong_augmentation(args), args.seed)
         groups = parameter_groups(model, args.weight_decay, args.layer_decay, no_decay=("cls_token", "pos_embed"))
-        optimizer = torch.optim.AdamW(groups, fused=True)
+        train_classifier(args, model, torch.optim.AdamW(groups, fused=True), schedule,
+                         functools.partial(data.training_loader, samples, args, device), test,
+                         data.mix_up_and_cut_mix(args, len(classes)))
     else:
-        groups = parameter_groups(model, args.weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=args.base_lr, momentum=0.9)
-    mix = data.mix_up_and_cut_mix(len(classes), args.mixup or 0, args.cutmix or 0)  # none in linprobe
-    first_step = open_run(args, model, optimizer, scaler)
-    net = DistributedDataParallel(model) if processes > 1 else model
-    net = torch.compile(net) if args.compile else net
-
-    batches = data.training_loader(samples, args, first_step, rank, processes, device)
-    log = Log(args, first_step, "images")
-    for step in range(first_step, args.steps):
-        lr = cosine(step, args.steps, args.warmup * args.steps, args.base_lr * args.batch_size / 256, args.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-
-        model.train()
-        torch.manual_seed(mix_seed(args.seed, step, rank))  # of drop path, MixUp and CutMix
-        for part in range(args.accumulate):
-            images, labels, *stamps = next(batches)
-            images, labels = mix(images, labels)
-            with no_sync(net, last=part == args.accumulate - 1):
-                with autocast:
-                    loss = F.cross_entropy(net(images, *stamps), labels, label_smoothing=args.smoothing)
-                scaler.scale(loss / args.accumulate).backward()
-            log.losses.append(loss.detach())
-        if args.clip_grad:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        log.step_done()
-        tested = {}
-        if log.step % max(1, len(train_source) // args.batch_size) == 0 or log.step == args.steps:  # each epoch
-            tested["top1"], tested["top5"] = accuracy(model, val_batches, device, autocast)
-        if tested or log.due:
-            log.write(loss=log.mean_loss(lr, scaler), lr=lr, **tested)
-        log.save_or_leave(model, optimizer, scaler)
-    log.close()
-    data.report_unreadable(train_source, val_source)
-    if is_rank_0() and first_step < args.steps:
-        print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl\n"
-              f"top-1 {tested['top1']:.2f} %, top-5 {tested['top5']:.2f} % of {len(val_source)} validation images")
+        samples = data.Samples(train_source, data.crop_and_flip(args.image_size, scale=(0.08, 1.0)), args.seed)
+        optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), lr=args.base_lr, momentum=0.9)
+        train_classifier(args, model, optimizer, schedule,
+                         functools.partial(data.training_loader, samples, args, device), test)
+    data.report_unreadable(args, train_source, val_source)
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def save_picture(model, samples, args):
+def save_picture(model, samples, args, device):
     """Write a picture of some samples: original, masked, reconstruction with the visible patches pasted in.
 
     Each has a row; with bands or dates a row for each group, whose first three bands are shown as colours, or date.
     Where the targets are normalised, the prediction gets the mean and deviation of the true patch back.
     """
-    device, groups = model.cls_token.device, groups_of(args.bands) or [range(args.channels)] * args.dates
-    chosen = data.evenly(len(samples.source), max(1, 8 // len(groups)))
-    images, _, *stamps = (x.to(device) for x in default_collate([samples[index, 0] for index in chosen]))
+    groups = groups_of(args.bands) or [range(args.channels)] * args.dates
+    images, _, *stamps = data.examples(samples, data.evenly(len(samples.source), max(1, 8 // len(groups))), args, device)
     generator = torch.Generator(device).manual_seed(mix_seed(args.seed))
     visible, hidden = draw_masks(args, len(images), generator, device)
     with torch.no_grad():
@@ -650,17 +565,21 @@ def save_picture(model, samples, args):
 
 def show(args):
     """Write the picture of `save_picture` for --image, or for some images of --data."""
-    args.data = args.image or args.data
+    device, args.data = join_processes(args), args.image or args.data
     train_source, val_source, _ = open_images(args, labelled=False)
     source = val_source or train_source
-    data.complete(args, source, torch.device("cpu"))
-    samples = data.Samples(source, data.CentreCrop(args.image_size, args.mean, args.std))
-    save_picture(new_model(args), samples, args)
+    data.settle(args, source)
+    samples = data.Samples(source, data.CentreCrop(args.image_size))
+    save_picture(new_model(args).to(device), samples, args, device)
+
+
+TASKS = {"pretrain": (pretrain, PRETRAIN, {}), "finetune": (classify, FINETUNE, {}),
+         "linprobe": (classify, LINPROBE, {}), "show": (show, SHOW, {})}
 
 
 def main():
-    args = parse_command_line("mae", __doc__, RECIPES, FLAGS)
-    {"pretrain": pretrain, "finetune": classify, "linprobe": classify, "show": show}[args.task](args)
+    args = parse_command_line("mae", __doc__, TASKS, MODEL | AUTOENCODER)
+    TASKS[args.task][0](args)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ leaves out colour and contrast. It needs no tokenizer, no teacher and no decoder
     python maskfeat.py finetune --data DIR --init runs/maskfeat/last.pt
     python maskfeat.py show --init runs/maskfeat/last.pt --image photo.jpg
 """
+import functools
 import math
 
 import torch
@@ -30,75 +31,53 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.functional import pil_to_tensor
 
 import data
-from common import (Log, UserError, ViT, accuracy, cosine, describe, grid_of, is_rank_0, join_processes, load_strictly,
-                    mix_seed, no_sync, open_run, parameter_groups, parse_command_line, patchify, precision_of,
-                    put, read_weights, resize_positions, ridge_probe, run_main, save_pictures, take, unpatchify)
+from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, Run, UserError, ViT, accuracy,
+                    cosine, describe, flag, grid_of, height_x_width, join_processes, load_strictly, mix_seed, no_sync,
+                    parameter_groups, parse_command_line, patchify, precision_of, put, read_weights, resize_positions,
+                    run_main, save_pictures, share, take, train_classifier, unpatchify)
 
-# Each entry is (paper's value, demo's value) and also a flag, explained below. A dictionary gives the values for images
-# and videos, or by model size. Video: the published recipe of MViTv2, of which our ViT takes the place.
-MODEL = {
-    "size": ("base", "nano"),
-    "image_size": (224, {"image": 64, "video": 48}),
-    "patch_size": (16, {"image": 8, "video": 16}),
-    "frames": (1, 1),
-    "tubelet": ({"image": 1, "video": 2}, {"image": 1, "video": 2}),
-    "stride": (4, 4),
-}
-RECIPES = {
-    "pretrain": {
-        **MODEL,
-        "target": ("hog", "hog"),
-        "cell": (8, 8),
-        "masking": ({"image": "block", "video": "cube"}, {"image": "random", "video": "tube"}),
-        "mask_ratio": (0.4, {"image": 0.75, "video": 0.6}),
-        "steps": (None, {"image": 1600, "video": 900}),
-        "epochs": (300, None),
-        "batch_size": ({"image": 2048, "video": 512}, {"image": 16, "video": 32}),
-        "base_lr": ({"image": 2e-4, "video": 8e-4}, {"image": 1.6e-2, "video": 1.2e-2}),
-        "min_lr": (1e-6, 1e-6),
-        "warmup": ({"image": 30 / 300, "video": 10 / 300}, 0.05),
-        "weight_decay": (0.05, 0.05),
-        "clip_grad": (0.02, 0.02),
-        "flip": (True, True),
-    },
-    "finetune": {
-        **MODEL,
-        "label": ("photograph", "photograph"),
-        "views": ({"image": 1, "video": 10}, 1),
-        "epochs": ({"base": 100, "large": 50}, 10),
-        "batch_size": ({"image": {"base": 2048, "large": 1024}, "video": 512}, 128),
-        "base_lr": ({"image": 2.5e-4, "video": 9.6e-3}, 2e-3),
-        "min_lr": (1e-6, 1e-6),
-        "warmup": ({"image": {"base": 20 / 100, "large": 5 / 50}, "video": 20 / 100}, 0.1),
-        "weight_decay": (0.05, 0.05),
-        "clip_grad": ({"image": None, "video": 5.0}, None),
-        "layer_decay": ({"image": {"base": 0.65, "large": 0.75}, "video": 0.75}, 0.75),
-        "drop_path": (0.1, 0.0),
-        "randaugment": ({"image": 9.0, "video": 7.0}, 0.0),
-        "erasing": (0.25, 0.0),
-        "mixup": (0.8, 0.0),
-        "cutmix": (1.0, 0.0),
-        "smoothing": (0.1, 0.1),
-        "flip": (True, True),
-        "eval_only": (False, False),
-    },
-    "show": {  # our checkpoints know their own target and cell
-        **MODEL,
-        "image": (None, None),
-        "target": ("hog", "hog"),
-        "cell": (8, 8),
-        "masking": ({"image": "block", "video": "cube"}, {"image": "random", "video": "tube"}),
-        "mask_ratio": (0.4, {"image": 0.75, "video": 0.6}),
-    },
-}
-FLAGS = {  # beside those of common.py
-    "target": (["hog", "pixels"], "what is predicted; pixels are normalised by each patch's own mean and deviation"),
-    "cell": (int, "side of a cell of HOG, pixels; a patch holds whole cells"),
-    "masking": (["block", "cube", "tube", "frame", "random"], "block is for images; cube, tube and frame for clips"),
-    "mask_ratio": (float, "share of the patches that are masked"),
-    "views": (int, "clips of each video in the last test, their logits averaged; the tests before take one"),
-    "image": (str, "photograph, video or folder of frames for show (default: some of --data)"),
-}
+# The values for video are those published for MViTv2, of which our ViT takes the place.
+MODEL = CHANNELS | dict(
+    size=flag("base", "of the encoder", list(SIZES), demo="nano"),
+    image_size=flag(224, "pixels, a number or HEIGHTxWIDTH", height_x_width, demo=64, demo_video=48),
+    patch_size=flag(16, "side of a patch, pixels", demo=8, demo_video=16),
+    frames=flag(1, "of a clip; 1 means images"),
+    tubelet=flag(1, "frames that one token spans", video=2, demo_video=2),
+    stride=flag(4, "frames of a video from one frame of the clip to the next"),
+)
+TARGET = dict(
+    target=flag("hog", "what is predicted; pixels are normalised by each patch's own mean and deviation",
+                ["hog", "pixels"]),
+    cell=flag(8, "side of a cell of HOG, pixels; a patch holds whole cells"),
+    masking=flag("block", "block is for images; cube, tube and frame for clips",
+                 ["block", "cube", "tube", "frame", "random"], video="cube", demo="random", demo_video="tube"),
+    mask_ratio=flag(0.4, "share of the patches that are hidden", share, demo=0.75, demo_video=0.6),
+)
+PRETRAIN = INPUT | MODEL | TARGET | TRAINING | dict(
+    epochs=flag(300.0, "passes over the data", demo=4.25, demo_video=4.8),
+    batch_size=flag(2048, "images or clips per step, on all GPUs together", video=512, demo=16, demo_video=32),
+    base_lr=flag(2e-4, "learning rate per 256 of a batch", video=8e-4, demo=1.6e-2, demo_video=1.2e-2),
+    min_lr=flag(1e-6, "learning rate at the end of the schedule"),
+    warmup=flag(30 / 300, "share of the steps in which the learning rate rises", share, video=10 / 300, demo=0.05),
+    clip_grad=flag(0.02, "largest L2 norm of the gradient"),
+    flip=flag(True, "mirror half of the training samples"),
+)
+FINETUNE = INPUT | MODEL | TRAINING | CLASSIFICATION | AUGMENTATION | dict(
+    label=flag("photograph", "what to classify in the built-in clips", ["photograph", "motion"]),
+    views=flag(1, "clips of each video in the last test, their logits averaged; the tests before take one", video=10,
+               demo_video=1),
+    epochs=flag(100.0, "passes over the data", large=50.0, demo=10.0),
+    batch_size=flag(2048, "images or clips per step, on all GPUs together", large=1024, video=512, demo=128),
+    base_lr=flag(2.5e-4, "learning rate per 256 of a batch", video=9.6e-3, demo=2e-3),
+    warmup=flag(20 / 100, "share of the steps in which the learning rate rises", share, large=0.1, video=0.2, demo=0.1),
+    clip_grad=flag(None, "largest L2 norm of the gradient (default: no limit)", float, video=5.0, demo=None),
+    layer_decay=flag(0.65, "factor on the learning rate from one block to the block below", large=0.75, video=0.75,
+                     demo=0.75),
+    drop_path=flag(0.1, "chance to skip a branch of the last block; rises linearly from the first", share, demo=0.0),
+    flip=flag(True, "mirror half of the training samples (never with --label motion)"),
+)
+SHOW = INPUT | MODEL | TARGET | dict(
+    image=flag(None, "photograph, video or folder of frames for show (default: some of --data)", str))
 
 # --------------------------------------------------------------------------------------------------------------- HOG
 
@@ -282,194 +261,148 @@ def new_model(args):
 
 
 def pretrain(args):
-    device, rank, processes = join_processes(args.device)
+    device = join_processes(args)
     train_source, val_source, classes = data.open_sources(args.data, args.channels, False, args.frames, args.stride)
-    data.complete(args, train_source, device, processes)
-    augmentation = data.crop_and_flip(args.image_size, args.mean, args.std, scale=(0.5, 1.0), flip=args.flip)
+    data.settle(args, train_source)
+    augmentation = data.crop_and_flip(args.image_size, scale=(0.5, 1.0), flip=args.flip)
     samples = data.Samples(train_source, augmentation, args.seed)
 
     model = new_model(args).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=True)
-    autocast, scaler = precision_of(args, device)
-    first_step = open_run(args, model, optimizer, scaler)
-    net = DistributedDataParallel(model) if processes > 1 else model
+    autocast, scaler = precision_of(args)
+    run = Run(args, model, optimizer, scaler)
+    net = DistributedDataParallel(model) if args.processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
-    batches = data.training_loader(samples, args, first_step, rank, processes, device)
+    batches = data.training_loader(samples, args, device, run.step)
     generator = torch.Generator(device)
-    log = Log(args, first_step, "clips" if args.frames > 1 else "images")
-    for step in range(first_step, args.steps):
+    for step in range(run.step, args.steps):
         lr = cosine(step, args.steps, args.warmup * args.steps, args.base_lr * args.batch_size / 256, args.min_lr)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = lr
 
         # Every process draws the masks of the whole batch and takes its rows: their number does not change the run.
         generator.manual_seed(mix_seed(args.seed, step))
         _, hidden = MASKS[args.masking](args.batch_size, model.grid, args.mask_ratio, generator, device)
         for part in range(args.accumulate):
-            rows = data.rows_of_process(args.batch_size, args.accumulate, part, rank, processes)
+            rows = data.rows_of_process(args, part)
             pixels, _ = next(batches)
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:
-                    loss, _ = net(pixels, hidden[rows])
+                    loss, _ = net(data.one_clip(pixels), hidden[rows])
                 scaler.scale(loss / args.accumulate).backward()
-            log.losses.append(loss.detach())
+            run.losses.append(loss.detach())
         if args.clip_grad:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        run.step_done(lr)
+    run.close()
 
-        log.step_done()
-        if log.due:
-            log.write(loss=log.mean_loss(lr, scaler), lr=lr)  # stops the run before it saves, if it is not finite
-        log.save_or_leave(model, optimizer, scaler)
-    log.close()
-
-    if is_rank_0():
-        view = data.CentreCrop(args.image_size, args.mean, args.std)
-        save_picture(model, data.Samples(val_source or train_source, view), args)
+    if args.rank == 0:
+        view = data.CentreCrop(args.image_size)
+        train, val = (data.Samples(source, view, replace=False) for source in (train_source, val_source or train_source))
+        save_picture(model, val, args, device)
         print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
         if classes:
-            train, val = (data.Samples(source, view, replace=False) for source in (train_source, val_source))
-            before, after = (probe(m, train, val, args, device) for m in (new_model(args).to(device), model))
-            for name in before:
-                print(f"linear probe of the frozen encoder on validation {'clips' if args.frames > 1 else 'images'}"
-                      f"{'' if name == 'class' else ', ' + name}: {before[name]:.1f} % before training, "
-                      f"{after[name]:.1f} % after")
-    data.report_unreadable(train_source, val_source)
+            untrained = new_model(args).to(device)
+            data.print_probe({"before training": features_of(untrained), "after": features_of(model)}, train, val, args,
+                             device)
+    data.report_unreadable(args, train_source, val_source)
 
 
-def probe(model, train, val, args, device, limit=3000):
-    """{what: accuracy in percent} of ridge regression on the patch tokens, with up to `limit` samples of each source.
-
-    The tokens are averaged over space and joined over time. The built-in clips have two labels.
-    """
-
-    def encode(pixels):
-        tokens = model.eval().tokens(pixels)[:, 1:].float()  # (B, L, D)
-        return tokens.unflatten(1, (-1, math.prod(model.grid[-2:]))).mean(dim=2).flatten(1)
-
-    (x, y), (x_val, y_val) = (data.features(encode, samples, args, device, limit) for samples in (train, val))
-    y, y_val = (data.by_label(train.source, labels) for labels in (y, y_val))
-    return {name: ridge_probe(x, y[name], x_val, y_val[name]) for name in y}
+def features_of(model):
+    """The function pixels -> (B, times * D): the patch tokens, averaged over space and joined over time."""
+    return lambda pixels: model.eval().tokens(pixels)[:, 1:].float().unflatten(
+        1, (-1, math.prod(model.grid[-2:]))).mean(dim=2).flatten(1)
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
 
+class Classifier(ViT):
+    """A ViT with a head. Of several clips of a video, (B, views, segments, C, T, H, W), the logits are averaged."""
+
+    def forward(self, pixels):
+        if pixels.ndim < 7:
+            return super().forward(pixels)
+        return super().forward(pixels.flatten(0, 2)).unflatten(0, pixels.shape[:3]).mean((1, 2))
+
+
 def new_classifier(args, classes):
     """The encoder in --init (or a new one) with a new head; a finished classifier for --eval-only."""
     torch.manual_seed(args.seed)
-    changes = {"image_size": args.image_size, "frames": args.frames, "tubelet": args.tubelet, "pool": "mean",
-               "num_classes": len(classes), "drop_path": args.drop_path}
+    shape = {"image_size": args.image_size, "frames": args.frames, "tubelet": args.tubelet, "pool": "mean",
+             "num_classes": classes, "drop_path": args.drop_path}
     if args.init:
-        model = ViT.load(args.init, **changes)
+        model = Classifier.load(args.init, **shape)
         model.pos_embed.requires_grad_(True)
     else:
-        model = ViT(args.size, patch_size=args.patch_size, channels=args.channels, learned_positions=True, **changes)
+        model = Classifier(args.size, patch_size=args.patch_size, channels=args.channels, learned_positions=True,
+                           **shape)
     nn.init.trunc_normal_(model.head.weight, std=2e-5)
     nn.init.zeros_(model.head.bias)
+    if args.eval_only:
+        load_strictly(model, read_weights(args.init)[0], args.init)
     return model
 
 
 def finetune(args):
     """Classification of images or videos with the whole encoder (mean of the patch tokens, then a linear layer)."""
-    device, rank, processes = join_processes(args.device)
+    device = join_processes(args)
     train_source, val_source, classes = data.open_sources(args.data, args.channels, True, args.frames, args.stride,
                                                           args.label)
-    data.complete(args, train_source, device, processes)
-    args.num_classes = len(classes)
+    data.settle(args, train_source)
     flip = args.flip and not (args.data is None and args.frames > 1 and args.label == "motion")
-    augmentation = data.strong_augmentation(args.image_size, args.mean, args.std, args.randaugment, args.erasing, flip)
-    samples = data.Samples(train_source, augmentation, args.seed)
-    val = data.Samples(val_source, data.CentreCrop(args.image_size, args.mean, args.std), replace=False)
+    samples = data.Samples(train_source, data.strong_augmentation(args, flip), args.seed)
+    val = data.Samples(val_source, data.CentreCrop(args.image_size), replace=False)
+    model = new_classifier(args, len(classes)).to(device)
 
-    def test(views):
-        if args.frames > 1 and isinstance(val_source, data.Files):
-            val_source.views = views
-        return accuracy(model, data.test_loader(val, args, device, rank, processes), device, autocast)
+    def test(last):
+        val_source.segments = args.views if last else 1
+        return accuracy(args, model, data.test_loader(val, args, device), last)
 
-    model = new_classifier(args, classes).to(device)
-    autocast, scaler = precision_of(args, device)
+    def schedule(step):
+        peak = args.base_lr * args.batch_size / 256
+        return cosine(step, args.steps, args.warmup * args.steps, peak, args.min_lr), args.weight_decay
+
     if args.eval_only:
-        load_strictly(model, read_weights(args.init)[0], args.init)
-        top1, top5 = test(args.views)
-        if is_rank_0():
-            print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(val_source)} validation samples")
-        data.report_unreadable(val_source)
-        return
-
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.layer_decay), fused=True)
-    mix = data.mix_up_and_cut_mix(len(classes), args.mixup, args.cutmix)
-    first_step = open_run(args, model, optimizer, scaler)
-    net = DistributedDataParallel(model) if processes > 1 else model
-    net = torch.compile(net) if args.compile else net
-
-    batches = data.training_loader(samples, args, first_step, rank, processes, device)
-    log = Log(args, first_step, "clips" if args.frames > 1 else "images")
-    for step in range(first_step, args.steps):
-        lr = cosine(step, args.steps, args.warmup * args.steps, args.base_lr * args.batch_size / 256, args.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-
-        model.train()
-        torch.manual_seed(mix_seed(args.seed, step, rank))  # of drop path, MixUp and CutMix
-        for part in range(args.accumulate):
-            pixels, labels = mix(*next(batches))
-            with no_sync(net, last=part == args.accumulate - 1):
-                with autocast:
-                    loss = F.cross_entropy(net(pixels), labels, label_smoothing=args.smoothing)
-                scaler.scale(loss / args.accumulate).backward()
-            log.losses.append(loss.detach())
-        if args.clip_grad:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        log.step_done()
-        tested = {}
-        if log.step % max(1, len(train_source) // args.batch_size) == 0 or log.step == args.steps:  # each epoch
-            tested["top1"], tested["top5"] = test(args.views if log.step == args.steps else 1)
-        if tested or log.due:
-            log.write(loss=log.mean_loss(lr, scaler), lr=lr, **tested)
-        log.save_or_leave(model, optimizer, scaler)
-    log.close()
-    data.report_unreadable(train_source, val_source)
-    if is_rank_0() and first_step < args.steps:
-        print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl\n"
-              f"top-1 {tested['top1']:.2f} %, top-5 {tested['top5']:.2f} % of {len(val_source)} validation samples")
+        test(last=True)
+    else:
+        optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.layer_decay), fused=True)
+        train_classifier(args, model, optimizer, schedule,
+                         functools.partial(data.training_loader, samples, args, device), test,
+                         data.mix_up_and_cut_mix(args, len(classes)))
+    data.report_unreadable(args, train_source, val_source)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def save_picture(model, samples, args):
+def save_picture(model, samples, args, device):
     """Write a picture of some images, a row each, or of a clip, with a row per time step.
 
     A row has the original, what is left of it under the mask, the target at all patches, and the prediction at the
-    masked patches among the targets of the visible ones. HOG is drawn by `draw_hog`.
+    hidden patches among the targets of the visible ones. HOG is drawn by `draw_hog`.
     """
-    chosen = data.evenly(len(samples.source), 8 if args.frames == 1 else 1)
-    pixels = torch.stack([samples[index, 0][0] for index in chosen]).to(model.cls_token.device)
-    pixels = pixels.flatten(0, 1) if pixels.ndim == 6 else pixels  # a single view of each video
-    generator = torch.Generator(pixels.device).manual_seed(mix_seed(args.seed))
-    _, hidden = MASKS[args.masking](len(pixels), model.grid, args.mask_ratio, generator, pixels.device)
+    pixels, _ = data.examples(samples, data.evenly(len(samples.source), 8 if args.frames == 1 else 1), args, device)
+    pixels = data.one_clip(pixels)
+    generator = torch.Generator(device).manual_seed(mix_seed(args.seed))
+    _, hidden = MASKS[args.masking](len(pixels), model.grid, args.mask_ratio, generator, device)
     with torch.no_grad():
         _, pred = model.eval()(pixels, hidden)
         target = model.targets(pixels)  # (B, L, K)
     predicted = put(target, hidden, pred)
-    mask = torch.zeros(target.shape[:2], device=pixels.device).scatter(1, hidden, 1.0)  # (B, L), 1 = hidden
+    mask = torch.zeros(target.shape[:2], device=device).scatter(1, hidden, 1.0)  # (B, L), 1 = hidden
 
     frames = pixels[:, :, ::model.tubelet].transpose(1, 2).flatten(0, 1) if pixels.ndim == 5 else pixels
     rows = len(frames)  # images, or time steps of the clip
     grid, mask = model.grid[-2:], mask.reshape(rows, -1)
-    shade = unpatchify(mask[..., None].expand(-1, -1, model.patch_size ** 2), model.patch_size, grid).cpu()
+    covered = unpatchify(mask[..., None].expand(-1, -1, model.patch_size ** 2), model.patch_size, grid).cpu() > 0
     frames = frames.cpu() * torch.tensor(args.std).view(-1, 1, 1) + torch.tensor(args.mean).view(-1, 1, 1)
-    columns = [frames, torch.where(shade > 0, 0.5, frames)]
+    columns = [frames, torch.where(covered, 0.5, frames)]
     for values in (target, predicted):
         values = values.reshape(rows, *mask.shape[1:], -1).cpu()
         if model.target == "hog":
@@ -505,17 +438,19 @@ def draw_hog(values, mask, model):
 
 def show(args):
     """Write the picture of `save_picture` for --image, or for some samples of --data."""
-    args.data = args.image or args.data
+    device, args.data = join_processes(args), args.image or args.data
     train_source, val_source, _ = data.open_sources(args.data, args.channels, False, args.frames, args.stride)
     source = val_source or train_source
-    data.complete(args, source, torch.device("cpu"))
-    samples = data.Samples(source, data.CentreCrop(args.image_size, args.mean, args.std))
-    save_picture(new_model(args), samples, args)
+    data.settle(args, source)
+    save_picture(new_model(args).to(device), data.Samples(source, data.CentreCrop(args.image_size)), args, device)
+
+
+TASKS = {"pretrain": (pretrain, PRETRAIN, {}), "finetune": (finetune, FINETUNE, {}), "show": (show, SHOW, {})}
 
 
 def main():
-    args = parse_command_line("maskfeat", __doc__, RECIPES, FLAGS)
-    {"pretrain": pretrain, "finetune": finetune, "show": show}[args.task](args)
+    args = parse_command_line("maskfeat", __doc__, TASKS, MODEL | TARGET)
+    TASKS[args.task][0](args)
 
 
 if __name__ == "__main__":

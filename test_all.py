@@ -97,7 +97,8 @@ def wait_for_step(out, step, process):
 
 
 def main(monkeypatch, *arguments, method=mae):
-    """The same in this process, which saves the seconds of importing torch."""
+    """The same in this process, which saves the seconds of importing torch. A task may stand anywhere."""
+    arguments = sorted(map(str, arguments), key=lambda word: word not in ("finetune", "linprobe", "probe", "show"))
     monkeypatch.setattr(sys, "argv", [f"{method.__name__}.py", *map(str, arguments)])
     method.main()
 
@@ -334,67 +335,83 @@ def test_ridge_probe_and_exact_accuracy():
     centres = torch.randn(3, 8, generator=generator)
     labels = torch.arange(300) % 3
     x = centres[labels] + 0.1 * torch.randn(300, 8, generator=generator)
-    assert common.ridge_probe(x[:150], labels[:150], x[150:], labels[150:]) == 100
+    assert data.ridge_probe(x[:150], labels[:150], x[150:], labels[150:]) == 100
     noise = torch.randn(300, 8, generator=generator)
-    assert common.ridge_probe(noise[:150], labels[:150], noise[150:], labels[150:]) < 60
+    assert data.ridge_probe(noise[:150], labels[:150], noise[150:], labels[150:]) < 60
 
     logits = torch.eye(6)[[0, 1, 2, 3]]  # top-1 right for 2 of the 3 that count
     batches = [(logits[:2], torch.tensor([0, 1])), (logits[2:], torch.tensor([5, -1]))]
-    autocast, _ = common.precision_of(_args(precision=None), torch.device("cpu"))
-    top1, top5 = common.accuracy(torch.nn.Identity(), batches, torch.device("cpu"), autocast)
-    assert top1 == pytest.approx(200 / 3)
+    assert accuracy_of(lambda x: x, batches)["top1"] == pytest.approx(200 / 3)
+
+
+def accuracy_of(function, batches):
+    """`common.accuracy` of a function that has no parameters of its own."""
+    model = torch.nn.Linear(1, 1)
+    model.forward = function
+    return common.accuracy(_args(), model, batches, last=False)
 
 
 def _args(**values):
-    return argparse.Namespace(benchmark=None, **values)
+    """What the command line gives and `join_processes` adds, as far as the parts under test need it."""
+    return argparse.Namespace(**{**dict(benchmark=None, rank=0, processes=1, accumulate=1, workers=0, device="cpu",
+                                        precision="fp32", mean=list(data.IMAGENET_MEAN), std=list(data.IMAGENET_STD),
+                                        channels=3, image_size=32), **values})
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
 def test_every_epoch_has_each_image_once_and_processes_share_each_batch():
-    args = _args(batch_size=8, steps=15, accumulate=2, seed=3)
-    parts = [list(data.step_batches(20, args, 0, rank, 2)) for rank in (0, 1)]
-    whole = list(data.step_batches(20, _args(batch_size=8, steps=15, accumulate=1, seed=3), 0, 0, 1))
+    args = dict(batch_size=8, steps=15, seed=3)
+    parts = [list(data.step_batches(20, _args(**args, accumulate=2, rank=rank, processes=2), 0)) for rank in (0, 1)]
+    whole = list(data.step_batches(20, _args(**args), 0))
     assert len(whole) == 15 and all(len(batch) == 8 for batch in whole)
     drawn = [index for batch in whole for index, _ in batch]
     assert all(sorted(drawn[i:i + 20]) == list(range(20)) for i in range(0, 120, 20))
     assert drawn[:20] != drawn[20:40]
     for step, batch in enumerate(whole):  # two processes with two passes each see the same batch
         assert [x for part in (2 * step, 2 * step + 1) for rank in (0, 1) for x in parts[rank][part]] == batch
-    assert list(data.step_batches(20, _args(batch_size=8, steps=15, accumulate=1, seed=3), 6, 0, 1)) == whole[6:]
+    assert list(data.step_batches(20, _args(**args), 6)) == whole[6:]
 
 
 def test_augmentation_depends_on_the_seed_alone():
     source = data.Photographs(True)
-    augmentation = data.strong_augmentation(32, data.IMAGENET_MEAN, data.IMAGENET_STD, 9, 0.25)
-    first = data.Samples(source, augmentation, seed=1)
-    args = _args(batch_size=6, steps=2, accumulate=1, seed=1, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
+    args = _args(batch_size=6, steps=2, seed=1, randaugment=9.0, erasing=0.25)
+    first = data.Samples(source, data.strong_augmentation(args), seed=1)
     runs = []
     for args.workers in (0, 2):
         torch.manual_seed(args.workers)
-        runs.append(torch.cat([x for x, _ in data.training_loader(first, args, 0, 0, 1, torch.device("cpu"))]))
+        runs.append(torch.cat([x for x, _ in data.training_loader(first, args, torch.device("cpu"), 0)]))
     assert torch.equal(*runs)
     assert not torch.equal(first[0, 5][0], first[0, 6][0])
 
 
 @pytest.mark.parametrize("frames", [1, 4])
-def test_bytes_are_normalised_after_the_loader(frames):
-    """To the bit as in the transform, with the mean and deviation of each channel."""
+def test_bytes_are_normalised_on_the_device(frames):
+    """With the mean and deviation of each channel, to the last bit as by hand; also beside files that are floats."""
     source = data.Photographs(True) if frames == 1 else data.Clips(True, frames)
-    crop, flip, later = data.crop_and_flip(32, data.IMAGENET_MEAN, data.IMAGENET_STD, (0.2, 1.0)).transforms
-    args = _args(batch_size=6, steps=1, accumulate=1, seed=1, workers=0, frames=frames, mean=data.IMAGENET_MEAN,
-                 std=data.IMAGENET_STD)
-    firsts, batches = [], []
-    for last in (later, data.Normalise(args.mean, args.std)):
-        samples = data.Samples(source, data.v2.Compose([crop, flip, last]), seed=1)
-        firsts.append(samples[0, 0][0])
-        batches += [pixels for pixels, _ in data.training_loader(samples, args, 0, 0, 1, torch.device("cpu"))]
-    as_bytes, normalised = firsts
-    assert as_bytes.dtype == torch.uint8 and normalised.dtype == torch.float32
-    assert torch.equal(*batches) and batches[0].is_contiguous() and batches[0].dtype == torch.float32
-    mixed, _ = data.stack(data.Normalise(args.mean, args.std, frames > 1), [(as_bytes, 0), (normalised, 0)])
-    assert torch.equal(mixed[0], mixed[1]) and torch.equal(mixed[1], normalised)  # files of both kinds in a batch
+    args = _args(batch_size=6, steps=1, seed=1)
+    samples = data.Samples(source, data.crop_and_flip(32, (0.2, 1.0)), seed=1)
+    (batch, _), = data.training_loader(samples, args, torch.device("cpu"), 0)
+    (rows,), mean, std = list(data.step_batches(len(source), args, 0)), *(torch.tensor(x) for x in (args.mean, args.std))
+    pixels = torch.stack([samples[row][0] for row in rows])
+    assert pixels.dtype == torch.uint8 and batch.is_contiguous() and batch.dtype == torch.float32
+    assert batch.shape == ((6, 3, 32, 32) if frames == 1 else (6, 1, 1, 3, 4, 32, 32))
+    by_hand = (pixels.movedim(-3 if frames == 1 else -4, -1) / 255 - mean) / std
+    assert torch.equal(batch.movedim(-3 if frames == 1 else -4, -1), by_hand)
+    mixed, _ = data.stack([(pixels[0], 0), (pixels[1] / 255, 0)])  # files of both kinds in a batch
+    assert torch.equal(mixed, pixels[:2] / 255) and data.stack([(pixels[0], 0)])[0].dtype == torch.uint8
+
+
+def test_a_rectangle_is_erased_by_noise_of_the_normalised_image():
+    torch.manual_seed(0)
+    image, args = torch.full((3, 64, 64), 100, dtype=torch.uint8), _args(erasing=1.0)
+    erased = data.Erasing(args)(image)
+    changed = (erased - 100 / 255).abs().amax(0) > 1e-5
+    assert 0.02 < changed.float().mean() < 0.35 and erased.dtype == torch.float32
+    (normalised,) = data.OnDevice(args, torch.device("cpu"))([erased[None]])
+    assert normalised[0][:, changed].std() == pytest.approx(1, abs=0.1)
+    assert data.Erasing(_args(erasing=0.0))(image).sub(100 / 255).abs().max() < 1e-6
 
 
 def test_training_and_validation_pictures_are_disjoint_regions():
@@ -409,9 +426,8 @@ def test_training_and_validation_pictures_are_disjoint_regions():
 
 def test_centre_crop():
     image = Image.fromarray(np.arange(3 * 64 * 96, dtype=np.uint8).reshape(64, 96, 3))
-    assert data.CentreCrop((32, 40), [0.0], [1.0])(image).shape == (3, 32, 40)
-    untouched = data.CentreCrop((64, 96), [0.0], [1.0])(image)
-    assert torch.allclose(untouched * 255, torch.from_numpy(np.array(image)).permute(2, 0, 1).float(), atol=1e-3)
+    assert data.CentreCrop((32, 40))(image).shape == (3, 32, 40)
+    assert torch.equal(data.CentreCrop((64, 96))(image), torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
 def test_unreadable_images_are_replaced_in_training_and_left_out_of_tests(tmp_path, capsys):
@@ -419,11 +435,11 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_of_tests(tmp_pa
         Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes()[:40])
     source = data.Files(data.find_files(tmp_path))
-    train, test = (data.Samples(source, data.CentreCrop(40, [0.0], [1.0]), replace=r) for r in (True, False))
-    assert train[1, 0][0].max().item() == pytest.approx(2 / 255)
-    assert test[1, 0][1] == -1 and test[2, 0][1] == 0
+    train, test = (data.Samples(source, data.CentreCrop(40), replace=r) for r in (True, False))
+    assert train.example(1)[0].max() == 2
+    assert test.example(1)[1] == -1 and test.example(2)[1] == 0
     train[1, 1]
-    data.report_unreadable(source)
+    data.report_unreadable(_args(), source)
     error = capsys.readouterr().err
     assert error.count("skipped, since") == 1 and "1 of 3 files" in error
 
@@ -562,7 +578,7 @@ def test_published_mae_files(folder, tmp_path, monkeypatch, capsys):
     main(monkeypatch, "show", "--init", whole, "--image", image, "--out", tmp_path / "show")
     assert (tmp_path / "show/reconstruction.png").exists()
     main(monkeypatch, "finetune", "--eval-only", "--init", tuned, "--data", folder, "--workers", 0, "--device", "cpu")
-    assert "of 12 validation images" in capsys.readouterr().out
+    assert "of 12 validation samples" in capsys.readouterr().out
     for arguments in (["show", "--image", image], ["pretrain", "--steps", 1]):
         with pytest.raises(common.UserError, match="mae_pretrain_vit_nano.pth holds no decoder"):
             main(monkeypatch, *arguments, "--init", encoder, "--out", tmp_path / "none")
@@ -579,7 +595,7 @@ def test_published_vjepa_files(videos, tmp_path, monkeypatch, capsys):
     assert all(torch.equal(weight, weights[name] + 1) for name, weight in y_encoder.items())
 
     monkeypatch.setattr(sys, "argv", ["vjepa.py", "--init", str(tmp_path / "vit.pth.tar")])
-    args = common.parse_command_line("vjepa", None, vjepa.RECIPES, vjepa.FLAGS)
+    args = common.parse_command_line("vjepa", None, vjepa.TASKS, vjepa.MODEL | vjepa.MASKING | vjepa.PREDICTOR)
     assert (args.predictor_dim, args.masking, args.context_frames, args.mask_group) == (384, "multiblock", None, 24)
     predictor, weights = vjepa.new_model(args).predictor.state_dict(), filled(predictor_table())
     assert all(torch.equal(weight, weights[name]) for name, weight in predictor.items())
@@ -774,7 +790,7 @@ def test_satmae_by_command_line(kind, places, tmp_path, monkeypatch, capfd):
     main(monkeypatch, "linprobe", *trained, "--steps", 2, "--out", tmp_path / "l")
     capfd.readouterr()
     main(monkeypatch, "finetune", "--eval-only", "--init", tmp_path / "f/last.pt", "--data", places, "--workers", 0)
-    assert f"of {6 if '--dates' in kind else 24} validation images" in capfd.readouterr().out
+    assert f"of {6 if '--dates' in kind else 24} validation samples" in capfd.readouterr().out
     image = places / "val/town/1" / ("" if "--dates" in kind else "2016-02-07T12.tif")
     main(monkeypatch, "show", "--init", tmp_path / "run/last.pt", "--image", image, "--out", tmp_path / "s")
     with Image.open(tmp_path / "s/reconstruction.png") as picture:
@@ -827,9 +843,8 @@ def test_series_of_a_place(places, tmp_path):
 
 def photographs(size=96):
     """Real 8-bit photographs as the model gets them: (B, 3, size, size), normalised."""
-    view = data.CentreCrop(size, data.IMAGENET_MEAN, data.IMAGENET_STD)
-    source = data.Photographs(True)
-    return torch.stack([view(source[i][0]) for i in range(0, 6000, 400)])
+    samples = data.Samples(data.Photographs(True), data.CentreCrop(size))
+    return data.examples(samples, range(0, 6000, 400), _args(), torch.device("cpu"))[0]
 
 
 def hog_by_convolution(images, cell=8):
@@ -1048,21 +1063,21 @@ def test_clips_of_videos_and_of_folders_of_frames(videos, tmp_path, suffix):
     path = videos / "train/brighter/clip0"
     if suffix:
         path = make_video(tmp_path / f"video.{suffix}", path)
-    assert shades(data.read_clip(path, 4, 2, views=1)[0]) == [2, 4, 6, 8]  # the middle of 12 frames
-    assert shades(data.read_clip(path, 4, 2, views=3)) == [[0, 2, 4, 6], [2, 4, 6, 8], [5, 7, 9, 11]]
-    assert shades(data.read_clip(path, 8, 2, views=1)[0]) == [0, 2, 4, 6, 8, 10, 11, 11]  # the last one is repeated
-    clip = data.read_clip(path, 4, 2)
-    assert clip.shape == (4, 3, 40, 48) and clip.dtype == torch.uint8
-    starts = {shades(data.read_clip(path, 4, 2))[0] for _ in range(50)}
+    assert shades(data.read_clips(path, 4, 2, 1)[0]) == [2, 4, 6, 8]  # the middle of 12 frames
+    assert shades(data.read_clips(path, 4, 2, 3)) == [[0, 2, 4, 6], [2, 4, 6, 8], [5, 7, 9, 11]]
+    assert shades(data.read_clips(path, 8, 2, 1)[0]) == [0, 2, 4, 6, 8, 10, 11, 11]  # the last one is repeated
+    clip = data.read_clips(path, 4, 2)
+    assert clip.shape == (1, 4, 3, 40, 48) and clip.dtype == torch.uint8
+    starts = {shades(data.read_clips(path, 4, 2)[0])[0] for _ in range(50)}
     assert starts == {0, 1, 2, 3, 4, 5}
-    assert data.read_clip(path, 4, 2, channels=1).shape == (4, 1, 40, 48)
+    assert data.read_clips(path, 4, 2, channels=1).shape == (1, 4, 1, 40, 48)
 
 
 def test_a_variable_frame_rate_keeps_the_speed(videos, tmp_path):
     """The first half of the video at 10 frames a second, the second half at 5: its frames count twice."""
     path = make_video(tmp_path / "vfr.mkv", videos / "train/brighter/clip0", "-vf",
                       "settb=1/1000,setpts='if(lt(N,6),N*100,600+(N-6)*200)'", "-fps_mode", "vfr")
-    found = shades(data.read_clip(path, 6, 2, views=1)[0])
+    found = shades(data.read_clips(path, 6, 2, 1)[0])
     at_equal_times = [0, 2, 5, 7, 8, 9]  # of 1.8 seconds
     assert all(abs(a - b) <= 1 for a, b in zip(found, at_equal_times)), found
 
@@ -1071,7 +1086,7 @@ def test_folders_of_frames_with_gaps_grey_and_alpha(tmp_path):
     for number in (1, 2, 3, 9, 10, 11):  # a gap, and numbers that do not sort as text
         mode = {2: "L", 3: "RGBA", 9: "P"}.get(number, "RGB")
         Image.new("RGB", (40, 40), (20 * number,) * 3).convert(mode).save(tmp_path / f"{number}.png")
-    assert shades(data.read_clip(tmp_path, 6, 1, views=1)[0]) == [1, 2, 3, 9, 10, 11]
+    assert shades(data.read_clips(tmp_path, 6, 1, 1)[0]) == [1, 2, 3, 9, 10, 11]
     (tmp_path / "3.png").write_bytes(b"broken")
     with pytest.raises(common.UserError, match="none of the files can be read"):
         data.Samples(data.Files([(tmp_path, 0)], frames=6), lambda clip: clip)
@@ -1082,12 +1097,12 @@ def test_a_damaged_video_is_skipped_and_named(videos, tmp_path, damage, capsys):
     make_video(tmp_path / "a.mp4", videos / "train/brighter/clip0")
     good = make_video(tmp_path / "b.mp4", videos / "train/darker/clip0").read_bytes()
     (tmp_path / "b.mp4").write_bytes({"truncated": good[:len(good) // 2], "text": b"no video", "empty": b""}[damage])
-    samples = data.Samples(data.Files(data.find_files(tmp_path, clips=True), frames=4), data.Normalise([0.0], [1.0]))
-    assert samples[1, 0][0].shape == (3, 4, 40, 48)  # the other one takes its place
+    samples = data.Samples(data.Files(data.find_files(tmp_path, clips=True), frames=4), lambda clips: clips)
+    assert samples.example(1)[0].shape == (1, 1, 3, 4, 40, 48)  # the other one takes its place
     assert "b.mp4" in capsys.readouterr().err
     (tmp_path / "a.mp4").unlink()
     with pytest.raises(common.UserError, match="none of the files can be read.*b.mp4"):
-        data.Samples(data.Files(data.find_files(tmp_path, clips=True), frames=4), data.Normalise([0.0], [1.0]))
+        data.Samples(data.Files(data.find_files(tmp_path, clips=True), frames=4), lambda clips: clips)
 
 
 @pytest.mark.parametrize("missing", ["torchcodec", "ffmpeg"])
@@ -1101,8 +1116,8 @@ def test_without_torchcodec_or_ffmpeg_only_video_files_fail(videos, tmp_path, mo
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
     (tmp_path / "a.mp4").write_bytes(b"")
     with pytest.raises(common.UserError, match="a.mp4, install torchcodec .* and FFmpeg"):
-        data.Samples(data.Files([(tmp_path / "a.mp4", 0)], frames=4), data.Normalise([0.0], [1.0]))
-    assert data.read_clip(videos / "train/brighter/clip0", 4, 1).shape == (4, 3, 40, 48)
+        data.Samples(data.Files([(tmp_path / "a.mp4", 0)], frames=4), lambda clips: clips)
+    assert data.read_clips(videos / "train/brighter/clip0", 4, 1).shape == (1, 4, 3, 40, 48)
 
 
 def test_lists_of_paths_and_labels(videos, tmp_path):
@@ -1110,7 +1125,7 @@ def test_lists_of_paths_and_labels(videos, tmp_path):
         lines = [f"{videos}/{name}/{label}/clip{i} {label}" for label in ("darker", "brighter") for i in range(3)]
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
     train, val, classes = data.open_sources(tmp_path, frames=4)
-    assert classes == ["brighter", "darker"] and train.labels.tolist() == [1, 1, 1, 0, 0, 0] and val.views == 1
+    assert classes == ["brighter", "darker"] and train.labels.tolist() == [1, 1, 1, 0, 0, 0] and val.segments == 1
     assert shades(val[0][0][0]) == [7, 6, 5, 4] and val[0][1] == 1
     (tmp_path / "paths.txt").write_text("a b.mp4\nc.mp4\n")
     assert [p for p, _ in data.read_list(tmp_path / "paths.txt")[0]] == [f"{tmp_path}/a b.mp4", f"{tmp_path}/c.mp4"]
@@ -1127,12 +1142,12 @@ def test_built_in_clips():
     assert len(train.motions) == 12 and len(train.classes) == 180
     labels = [train[i][1] for i in range(0, 6000, 10)]
     assert {label // 12 for label in labels} == set(range(15)) and {label % 12 for label in labels} == set(range(12))
-    assert torch.equal(train[17][0], train[17][0]) and train[17][0].shape == (8, 3, 64, 64)
+    assert torch.equal(train[17][0], train[17][0]) and train[17][0].shape == (1, 8, 3, 64, 64)
     val.regions = [Image.new("RGB", region.size, "white") for region in val.regions]
     for i in range(0, 1500, 7):  # the camera never leaves the photograph: no black corner comes in
         assert val[i][0].min() == 255
     def change(clips):
-        some = [clips[i][0].float() for i in range(0, 6000, 60)]
+        some = [clips[i][0][0].float() for i in range(0, 6000, 60)]
         return np.mean([(clip[0] - clip[-1]).abs().mean() for clip in some])
     assert change(data.Clips(True, 8, stride=8)) > change(train)  # the camera goes farther
     by_label = {label: data.Clips(True, 2, label=label)[5999][1] for label in ("photograph", "motion", None)}
@@ -1140,18 +1155,18 @@ def test_built_in_clips():
     shift = {}  # a pan to the right moves the picture to the left
     for i in range(400):
         clip, label = train[i]
-        clip = clip.float().mean(1)
+        clip = clip[0].float().mean(1)
         errors = [(clip[1, :, 8:-8] - clip[0, :, 8 + s:56 + s]).abs().mean() for s in range(-6, 7)]
         shift.setdefault(train.motions[label % 12], []).append(int(torch.stack(errors).argmin()) - 6)
     assert np.median(shift["pan right"]) > 0 > np.median(shift["pan left"])
 
 
 def test_logits_of_several_clips_are_averaged():
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 2 * 4 * 4, 6))
-    clips = torch.randn(8, 5, 3, 2, 4, 4)
-    labels = model(clips.flatten(0, 1)).view(8, 5, 6).mean(1).argmax(1)
-    autocast, _ = common.precision_of(_args(precision=None), torch.device("cpu"))
-    assert common.accuracy(model, [(clips, labels)], torch.device("cpu"), autocast)[0] == 100
+    torch.manual_seed(0)
+    model = maskfeat.Classifier("nano", 32, 8, frames=4, tubelet=2, num_classes=6, pool="mean")
+    clips = torch.randn(2, 1, 5, 3, 4, 32, 32)
+    each = [model(clips[:, 0, segment]) for segment in range(5)]
+    assert torch.allclose(model(clips), sum(each) / 5, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------------- V-JEPA
@@ -1327,18 +1342,17 @@ def test_segments_are_attended_together_and_views_averaged():
               for view in range(3)]
     probabilities = sum(x.softmax(-1) for x in logits) / 3
     assert torch.allclose(model(clips).exp(), probabilities, atol=1e-6)
-    assert torch.allclose(model(clips[:, 0]), logits[0], atol=1e-6)
-    assert torch.allclose(model(clips[:, 0, 0]), model(clips[:, 0, :1]), atol=1e-6)
+    assert torch.allclose(model(clips[:, :1]), logits[0], atol=1e-6)
 
 
 def test_views_cover_the_longer_side_and_stills_repeat():
     clip = torch.arange(48).repeat(3, 2, 3, 32, 1).byte()  # (segments, T, C, 32, 48): the column is the value
-    views = data.SpatialViews(32, [0.0], [1 / 255], 3)(clip)
+    views = data.CentreCrop(32, views=3)(clip)
     assert views.shape == (3, 3, 2, 3, 32, 32)
-    assert views[:, 0, 0, 0, 0, 0].round().tolist() == [0, 8, 16]
-    assert data.SpatialViews(32, [0.0], [1.0], 1)(clip).shape == (1, 3, 2, 3, 32, 32)
-    still = data.Repeated(data.CentreCrop(32, [0.0], [1.0]), 4)(Image.new("RGB", (40, 40), (255, 0, 0)))
-    assert still.shape == (4, 3, 32, 32) and (still[:, 0] == 1).all()
+    assert views[:, 0, 0, 0, 0, 0].tolist() == [0, 8, 16]
+    assert data.CentreCrop(32)(clip).shape == (3, 2, 3, 32, 32)
+    still = data.Repeated(data.CentreCrop(32), 4)(Image.new("RGB", (40, 40), (255, 0, 0)))
+    assert still.shape == (1, 4, 3, 32, 32) and (still[:, :, 0] == 255).all()
 
 
 def test_neighbours_spread_and_rank():
@@ -1346,12 +1360,12 @@ def test_neighbours_spread_and_rank():
     labels = torch.arange(90) % 3
     centres = 3 * torch.randn(3, 8, generator=generator)
     x = centres[labels] + 0.1 * torch.randn(90, 8, generator=generator)
-    assert vjepa.nearest_neighbours(x, labels) == 100
-    assert vjepa.nearest_neighbours(torch.randn(90, 8, generator=generator), labels) < 60
+    assert data.nearest_neighbours(x, labels) == 100
+    assert data.nearest_neighbours(torch.randn(90, 8, generator=generator), labels) < 60
     flat = torch.randn(4000, 3, generator=generator) @ torch.linalg.qr(torch.randn(8, 3, generator=generator))[0].T
-    spread, rank = vjepa.spread_and_rank(flat)
+    spread, rank = data.spread_and_rank(flat)
     assert rank == pytest.approx(3, rel=0.01) and spread == pytest.approx(math.sqrt(3 / 8), rel=0.2)
-    spread, rank = vjepa.spread_and_rank(torch.ones(50, 8))
+    spread, rank = data.spread_and_rank(torch.ones(50, 8))
     assert spread == 0 and rank < 1.01
 
 
@@ -1423,14 +1437,14 @@ FINETUNE_FLAGS = ["finetune", "--recipe", "demo", "--image-size", "32", "--batch
 def test_a_run_goes_on_where_a_signal_stopped_it_and_ends_the_same(method, tiny, where, request, tmp_path, monkeypatch):
     flags = ["--data", request.getfixturevalue(where), "--steps", 5, "--save-every", 10, *tiny]
     main(monkeypatch, "--out", tmp_path / "whole", *flags, method=method)
-    write = common.Log.write
+    log = common.Run.log
 
-    def interrupt(log, **values):
-        write(log, **values)
-        if log.step == 2:
+    def interrupt(run, **values):
+        log(run, **values)
+        if run.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
-        patch.setattr(common.Log, "write", interrupt)
+        patch.setattr(common.Run, "log", interrupt)
         main(patch, "--out", tmp_path / "parts", *flags, method=method)
     assert exit.value.code == 143 and common.read_checkpoint(tmp_path / "parts/last.pt")["step"] == 3
     main(monkeypatch, "--out", tmp_path / "parts", *flags, method=method)
@@ -1469,14 +1483,17 @@ def test_signals_crashes_and_a_full_disk_lose_nothing(folder, tmp_path, monkeypa
 
 
 def test_a_second_interrupt_ends_a_run_at_once(tmp_path):
-    (tmp_path / "log.jsonl").touch()
-    code = ("import common, sys, time; from argparse import Namespace\n"
-            f"log = common.Log(Namespace(benchmark=None, steps=9, batch_size=1, out={str(tmp_path)!r}), 0, 'images')\n"
+    code = ("import common, sys, time, torch; from argparse import Namespace\n"
+            "args = Namespace(benchmark=None, steps=9, batch_size=1, rank=0, processes=1, fresh=False, data=None,\n"
+            f"                 settings=[], out={str(tmp_path)!r})\n"
+            "model = torch.nn.Linear(1, 1)\n"
+            "run = common.Run(args, model, torch.optim.AdamW(model.parameters()), None)\n"
             "print('ready', flush=True)\n"
-            "while not log.signal: time.sleep(0.01)\n"
+            "while not run.signal: time.sleep(0.01)\n"
             "print('noted', flush=True)\n"
             "while True: time.sleep(0.01)")  # a step without an end
     process = start("-c", code)
+    assert process.stdout.readline().startswith("step 0 of 9")
     for line in ("ready\n", "noted\n"):
         assert process.stdout.readline() == line
         os.killpg(process.pid, signal.SIGINT)
@@ -1550,12 +1567,15 @@ def test_a_loss_that_is_not_finite(precision, folder, tmp_path, monkeypatch):
 
 def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, monkeypatch):
     main(monkeypatch, "--data", folder, "--out", tmp_path, "--steps", 2, *TINY_FLAGS)
-    model, before = tiny_mae(), (tmp_path / "last.pt").read_bytes()
-    torch.nn.init.constant_(model.norm.bias, math.nan)
-    with pytest.raises(common.UserError, match="step 3 made weights that are not finite"):
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        common.save_run(_args(out=tmp_path), {}, 3, model, torch.optim.AdamW(model.parameters()), scaler)
-    assert (tmp_path / "last.pt").read_bytes() == before
+    before, step_done = (tmp_path / "last.pt").read_bytes(), common.Run.step_done
+
+    def spoil(self, *arguments, **values):
+        torch.nn.init.constant_(self.model.norm.bias, math.nan)
+        step_done(self, *arguments, **values)
+    monkeypatch.setattr(common.Run, "step_done", spoil)
+    with pytest.raises(common.UserError, match="step 1 made weights that are not finite"):
+        main(monkeypatch, "--data", folder, "--out", tmp_path / "other", "--steps", 1, *TINY_FLAGS)
+    assert (tmp_path / "last.pt").read_bytes() == before and not (tmp_path / "other/last.pt").exists()
 
 
 @pytest.mark.parametrize("method, tiny, where", [RUNS[1], RUNS[3]])
@@ -1600,7 +1620,7 @@ def test_the_accuracy_of_two_processes_is_exact(folder, tmp_path, monkeypatch, c
     main(monkeypatch, *flags)
     one = capsys.readouterr().out
     two = run("mae.py", *flags, processes=2)
-    assert two.returncode == 0 and two.stdout == one and "of 11 validation images" in one, two.stderr
+    assert two.returncode == 0 and two.stdout == one and "of 11 validation samples" in one, two.stderr
 
 
 def test_broken_files_among_many(tmp_path, monkeypatch, capfd):
@@ -1629,7 +1649,7 @@ def test_broken_files_among_many(tmp_path, monkeypatch, capfd):
         assert error.count(f"read: {images / name} (") == 1
     assert "decompression bomb" in error and error.count("skipped, since") == 4 and "4 of 707 files" in error
     for name in ("cmyk.jpg", "palette.png", "16 bit.png"):
-        assert data.CentreCrop(32, *[[0.5] * 3] * 2)(data.read_image(images / name)).shape == (3, 32, 32)
+        assert data.CentreCrop(32)(data.read_image(images / name)).shape == (3, 32, 32)
 
 
 def test_an_array_that_claims_to_be_huge_is_not_read(tmp_path):
@@ -1668,11 +1688,11 @@ def test_maskfeat_on_videos_by_command_line(videos, tmp_path, monkeypatch, capsy
     flags = ["--recipe", "demo", "--data", videos, "--batch-size", 4, "--stride", 2]
     printed = maskfeat_main(*flags, "--frames", 4, "--image-size", 32, "--patch-size", 8, "--steps", 2,
                             "--target", "pixels", "--out", out)
-    assert "validation clips: " in printed and Image.open(out / "prediction.png").height == 2 * 224 + 3 * 4
+    assert "validation samples, class: " in printed and Image.open(out / "prediction.png").height == 2 * 224 + 3 * 4
     flags += ["--init", out / "last.pt"]
     printed = maskfeat_main("finetune", *flags, "--views", 3, "--steps", 2, "--randaugment", 7, "--mixup", 0.8,
                             "--out", tmp_path / "f")
-    top1 = printed.splitlines()[-1]
+    top1, _ = printed.splitlines()[-2:]
     assert "top-1" in top1
     flags = ["--recipe", "demo", "--data", videos, "--init", tmp_path / "f/last.pt", "--stride", 2]
     assert maskfeat_main("finetune", *flags, "--views", 3, "--eval-only").splitlines()[-1] == top1
@@ -1692,7 +1712,7 @@ def test_vjepa_by_command_line(videos, folder, checkpoint, tmp_path, monkeypatch
     out = tmp_path / "run"
     flags = ["--data", videos, "--stride", 2, "--batch-size", 4]
     printed = vjepa_main(*VJEPA_FLAGS, *flags, "--steps", 3, "--probe-every", 2, "--out", out)
-    assert "validation clips, class: " in printed and str(out / "best.pt") in printed
+    assert "validation samples, class: " in printed and str(out / "best.pt") in printed
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {"step", "loss", "lr", "momentum", "knn_class", "spread", "rank"} <= set(records[1])
     assert "rank" not in records[0]
@@ -1702,17 +1722,17 @@ def test_vjepa_by_command_line(videos, folder, checkpoint, tmp_path, monkeypatch
     encoder = common.ViT.load(out / "last.pt")  # the y-encoder
     assert torch.equal(encoder.blocks[0].attn.qkv.weight, last["model"]["target_encoder.blocks.0.attn.qkv.weight"])
 
-    limits, features = [], vjepa.features
-    monkeypatch.setattr(vjepa, "features", lambda *rest: limits.append(rest[-1]) or features(*rest))
+    limits, features = [], data.features
+    monkeypatch.setattr(data, "features", lambda *rest: limits.append(rest[-1]) or features(*rest))
     again = vjepa_main(*VJEPA_FLAGS, *flags, "--steps", 3, "--probe-every", 2, "--probe-labels", 0.01, "--out", out)
-    assert "validation clips, class: " in again and limits == [30, 3000]  # the finished run is only probed again
+    assert "validation samples, class: " in again and limits == [30, 3000]  # the finished run is only probed again
 
     vjepa_main(*flags, "--init", out / "last.pt", "--steps", 1, "--out", tmp_path / "more")  # the same model and masks
     assert common.read_checkpoint(tmp_path / "more/last.pt")["settings"]["masking"] == "multiblock"
     one_sentence(vjepa, [*flags, "--init", checkpoint], "needs clips", tmp_path, monkeypatch, capsys)  # of images
 
     frozen = ["--init", out / "last.pt", "--segments", 2, "--views", 3]
-    printed = vjepa_main("probe", *flags, *frozen, "--steps", 3, "--out", tmp_path / "p").splitlines()[-1]
+    printed = vjepa_main("probe", *flags, *frozen, "--steps", 3, "--out", tmp_path / "p").splitlines()[-2]
     assert "top-1" in printed
     after = common.read_weights(tmp_path / "p/last.pt")[0]
     assert torch.equal(after["encoder.blocks.0.attn.qkv.weight"], encoder.blocks[0].attn.qkv.weight)
@@ -1731,7 +1751,7 @@ def test_vjepa_by_command_line(videos, folder, checkpoint, tmp_path, monkeypatch
     stills = ["probe", "--data", folder, "--still", "--init", out / "last.pt", "--steps", 2, "--batch-size", 4]
     assert "top-1" in vjepa_main(*stills, "--out", tmp_path / "i")
     stills = ["--data", folder, "--still", *VJEPA_FLAGS, "--steps", 1]
-    assert "validation clips, class: " in vjepa_main(*stills, "--out", tmp_path / "still")
+    assert "validation samples, class: " in vjepa_main(*stills, "--out", tmp_path / "still")
 
 
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--compile"]])
@@ -1754,7 +1774,7 @@ def test_benchmark(method, tiny, where, request, tmp_path, monkeypatch, capsys):
     assert found[f"{unit}_per_second"] * found["ms_per_step"] == pytest.approx(8000, rel=0.01)
     assert found["peak_memory_gib"] > 0.1 and found["mfu"] is None and found["processes"] == 1
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:  # a signal does not make it write either
-        patch.setattr(common.Benchmark, "step_done", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(common.Run, "time_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         main(patch, *flags, method=method)
     assert exit.value.code == 143 and not (tmp_path / "run").exists()
     assert not torch.nn.modules.module._global_forward_pre_hooks  # those of the counter are gone
@@ -1801,12 +1821,12 @@ def test_bf16_on_a_gpu_agrees_with_float32_on_a_cpu(kind):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("method, tiny, where", RUNS + SATELLITE_RUNS)
 def test_no_step_waits_for_the_gpu(method, tiny, where, precision, request, tmp_path, monkeypatch):
-    step_done = common.Log.step_done
+    step_done = common.Run.step_done
 
-    def watched(log):
-        step_done(log)
-        torch.cuda.set_sync_debug_mode("error" if 2 <= log.step < 6 else "default")
-    monkeypatch.setattr(common.Log, "step_done", watched)
+    def watched(run, *arguments, **values):
+        step_done(run, *arguments, **values)
+        torch.cuda.set_sync_debug_mode("error" if 2 <= run.step < 6 else "default")
+    monkeypatch.setattr(common.Run, "step_done", watched)
     flags = [*tiny, "--device", "cuda", "--precision", precision, "--no-compile", "--log-every", 100]
     flags += ["--probe-every", 100] if method is vjepa else []
     flags += ["--data", request.getfixturevalue(where), "--steps", 7, "--out", tmp_path]
@@ -1938,7 +1958,7 @@ def unknown_class(path):
     (["--channels", "4"], "1 or 3 channels"),
     (["show"], "needs --init"),
     (["--mean", "0.5", "--std", "0.5"], "need 3 numbers"),
-    (["--mixup", "0.8"], "pretrain does not use --mixup"),
+    (["--mixup", "0.8"], "unrecognized arguments: --mixup"),
     (["--decoder-heads", "3"], "not a multiple of 3 attention heads"),
     (["--epochs", "nan"], "is not a number"),
     (["finetune", "--randaugment", "40"], "is not a number from 0 to 10"),
@@ -1967,7 +1987,7 @@ def test_bad_input_gets_one_sentence(arguments, message, tmp_path, monkeypatch, 
     (["--data", empty_folder, "--frames", "8"], "no video and no folder of frames"),
     (["--data", unreadable_folder, "--frames", "8"], "none of the files can be read"),
     (["--frames", "8", "--channels", "4"], "clips have 1 or 3 channels"),
-    (["--views", "2"], "pretrain does not use --views"),
+    (["--views", "2"], "unrecognized arguments: --views"),
     (["--data", broken_list, "--frames", "8"], "neither a folder nor a list"),
     (["show"], "needs --init"),
     (["finetune", "--eval-only"], "needs --init"),
@@ -1985,12 +2005,13 @@ def test_bad_input_to_maskfeat_gets_one_sentence(arguments, message, tmp_path, m
     (["--predictor-dim", "66"], "not a multiple of 4 attention heads"),
     (["--data", empty_folder], "no video and no folder of frames"),
     (["probe", "--eval-only"], "needs --init"),
-    (["probe", "--target", "latent"], "probe does not use --target"),
+    (["probe", "--target", "latent"], "unrecognized arguments: --target"),
     (["show"], "needs --init"),
     (["show", "--init", other_checkpoint], "not a checkpoint of a Vision Transformer"),
 ])
 def test_bad_input_to_vjepa_gets_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
-    one_sentence(vjepa, [*arguments, "--steps", 1], message, tmp_path, monkeypatch, capsys)
+    steps = [] if "show" in arguments else ["--steps", 1]
+    one_sentence(vjepa, [*arguments, *steps], message, tmp_path, monkeypatch, capsys)
 
 
 def test_a_checkpoint_of_images_does_not_make_a_model_of_clips(checkpoint, tmp_path, monkeypatch, capsys):
@@ -2069,11 +2090,11 @@ def test_every_command_of_the_readme_runs(folder, videos, places, tmp_path, monk
              "device": "cpu"}
     for method, words in commands:
         script = {"mae": mae, "maskfeat": maskfeat, "vjepa": vjepa}[method]
-        task = words[0] if words and words[0] in script.RECIPES else "pretrain"
+        task = words[0] if words and words[0] in script.TASKS else "pretrain"
         moving = method == "vjepa" and "--still" not in words or "--frames" in words or "runs/video/last.pt" in words
         stands_for["DIR"] = "bands" if "--channels" in words else videos if moving else folder
         words = [str(stands_for.get(word, word)) for word in words]
-        known = common.FLAGS.keys() | script.RECIPES[task].keys()
+        known = common.MACHINE.keys() | script.TASKS[task][1].keys() | script.TASKS[task][2].keys()
         if "--init" in words:  # the model is that of the checkpoint, and so are its decoder and predictor
             known -= {"size", "patch_size", "predictor_depth", "decoder_depth"}
         for name, value in small.items():

@@ -24,113 +24,92 @@ copy of the encoder has for them. What no one can predict, such as texture and n
     python vjepa.py show --init runs/vjepa/last.pt --image clip.mp4
 """
 import copy
+import functools
 import math
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
-from common import (MLP, Block, Log, UserError, ViT, accuracy, cosine, is_rank_0, join_processes, load_strictly,
-                    mix_seed, no_sync, open_run, parameter_groups, parse_command_line, precision_of, read_weights,
-                    ridge_probe, run_main, save_pictures, save_run, settings_of, sincos_3d, take)
+from common import (CHANNELS, CLASSIFICATION, INPUT, MLP, SIZES, TRAINING, Block, Run, UserError, ViT, accuracy, cosine,
+                    count, flag, height_x_width, join_processes, load_strictly, mix_seed, no_sync, number,
+                    parameter_groups, parse_command_line, precision_of, read_weights, run_main, save_pictures, share,
+                    sincos_3d, take, train_classifier)
 
-# Each entry is (paper's value, demo's value) and also a flag, explained below.
-MODEL = {
-    "size": ("large", "nano"),
-    "image_size": (224, 48),
-    "patch_size": (16, 12),
-    "frames": (16, 8),
-    "tubelet": (2, 2),
-    "stride": (4, 8),
-    "still": (False, False),
-}
-MASKING = {
-    "masking": ("multiblock", "tube"),
-    "mask_ratio": (0.9, 0.5),
-    "context_frames": (None, 4),
-    "mask_group": (24, 16),
-}
-RECIPES = {
-    "pretrain": {
-        **MODEL,
-        **MASKING,
-        "target": ("latent", "latent"),
-        "predictor_dim": (384, 64),
-        "predictor_depth": (12, 3),
-        "steps": (90_000, 900),
-        "batch_size": (3072, 16),
-        "base_lr": (6.25e-4 * 256 / 3072, 6.4e-2),
-        "start_lr": (0.32, 0.0),
-        "min_lr": (1e-6, 1e-6),
-        "warmup": (40 / 300, 0.2),
-        "weight_decay": (0.04, 0.04),
-        "final_weight_decay": (0.4, 0.4),
-        "momentum": (0.998, 0.99),
-        "stretch": (1.25, 2.5),
-        "clip_grad": (10.0, 10.0),
-        "flip": (True, True),
-        "probe_every": (1000, 300),
-        "probe_clips": (1024, 200),
-        "probe_labels": (1.0, 1.0),
-    },
-    "probe": {
-        **MODEL,
-        "label": ("motion", "motion"),
-        "segments": (8, 1),
-        "views": (3, 1),
-        "epochs": (20, 5),
-        "batch_size": (256, 64),
-        "base_lr": (1e-3, 4e-3),
-        "min_lr": (0.0, 0.0),
-        "warmup": (0.0, 0.0),
-        "weight_decay": (0.01, 0.01),
-        "final_weight_decay": (1e-6, 1e-6),
-        "clip_grad": (1.0, 1.0),
-        "randaugment": (7.0, 0.0),
-        "erasing": (0.25, 0.0),
-        "flip": (False, False),
-        "eval_only": (False, False),
-        "classifier": (None, None),
-    },
-}
-RECIPES["finetune"] = {  # ours: the published code has none
-    **RECIPES["probe"],
-    "segments": (1, 1),
-    "epochs": (30, 3),
-    "warmup": (0.1, 0.1),
-    "weight_decay": (0.05, 0.05),
-    "final_weight_decay": (0.05, 0.05),
-    "layer_decay": (0.75, 0.75),
-    "drop_path": (0.1, 0.0),
-}
-RECIPES["show"] = {**MODEL, **MASKING, "image": (None, None)}
-FLAGS = {  # beside those of common.py
-    "still": (bool, "the data are images, each of which is repeated in time"),
-    "masking": (["multiblock", "block", "tube"], "what is hidden over all time: many small blocks and few large ones "
-                "(two masks), one block, or random places"),
-    "mask_ratio": (float, "share of the frame that block and tube hide"),
-    "context_frames": (int, "the context ends after so many frames, all that follows is a target (default: never)"),
-    "target": (["latent", "pixels"], "what is predicted: features of the y-encoder, or normalised pixels"),
-    "mask_group": (int, "clips whose lists of tokens are cut to the same lengths"),
-    "predictor_dim": (int, "width of the predictor"),
-    "predictor_depth": (int, "blocks of the predictor"),
-    "start_lr": (float, "share of the learning rate at which the warm-up starts"),
-    "final_weight_decay": (float, "of AdamW at the end of the schedule; --weight-decay is that at its start"),
-    "momentum": (float, "of the y-encoder at the start; it rises to 1 at the end of the schedule"),
-    "stretch": (float, "length of the schedules over that of the training, which cuts them off"),
-    "probe_every": (int, "steps between two looks at the features"),
-    "probe_clips": (int, "clips of such a look"),
-    "probe_labels": (float, "share of its training clips that the probe after the training gets"),
-    "segments": (int, "clips of each video, whose tokens the probe attends to together"),
-    "views": (int, "squares that each clip is cut into for a test, their probabilities averaged"),
-    "classifier": (str, "published attentive probe to test with the encoder in --init"),
-    "image": (str, "video, folder of frames or photograph for show (default: a clip of --data)"),
-}
+MODEL = CHANNELS | dict(
+    size=flag("large", "of the encoder", list(SIZES), demo="nano"),
+    image_size=flag(224, "pixels, a number or HEIGHTxWIDTH", height_x_width, demo=48),
+    patch_size=flag(16, "side of a patch, pixels", demo=12),
+    frames=flag(16, "of a clip", demo=8),
+    tubelet=flag(2, "frames that one token spans"),
+    stride=flag(4, "frames of a video from one frame of the clip to the next", demo=8),
+)
+MASKING = dict(
+    masking=flag("multiblock", "what is hidden over all time: many small blocks and few large ones (two masks), one "
+                 "block, or random places", ["multiblock", "block", "tube"], demo="tube"),
+    mask_ratio=flag(0.9, "share of the frame that block and tube hide", share, demo=0.5),
+    context_frames=flag(None, "nothing is visible after so many frames (default: of all)", count, demo=4),
+    mask_group=flag(24, "clips whose lists of tokens are cut to the same lengths", demo=16),
+)
+PREDICTOR = dict(
+    target=flag("latent", "what is predicted: features of the y-encoder, or normalised pixels", ["latent", "pixels"]),
+    predictor_dim=flag(384, "width of the predictor", demo=64),
+    predictor_depth=flag(12, "blocks of the predictor", demo=3),
+)
+STILL = dict(still=flag(False, "the data are images, each of which is repeated in time"))
+PRETRAIN = INPUT | MODEL | STILL | MASKING | PREDICTOR | TRAINING | dict(
+    steps=flag(90_000, "length of the training, optimizer steps; or --epochs", demo=900),
+    epochs=flag(None, "passes over the data", number),
+    batch_size=flag(3072, "clips per step, on all GPUs together", demo=16),
+    base_lr=flag(6.25e-4 * 256 / 3072, "learning rate per 256 clips of a batch", demo=6.4e-2),
+    start_lr=flag(0.32, "share of the learning rate at which the warm-up starts", share, demo=0.0),
+    min_lr=flag(1e-6, "learning rate at the end of the schedule"),
+    warmup=flag(40 / 300, "share of the steps in which the learning rate rises", share, demo=0.2),
+    weight_decay=flag(0.04, "of AdamW at the start of the schedule"),
+    final_weight_decay=flag(0.4, "of AdamW at its end"),
+    momentum=flag(0.998, "of the y-encoder at the start; it rises to 1 at the end of the schedule", share, demo=0.99),
+    stretch=flag(1.25, "length of the schedules over that of the training, which cuts them off",
+                 functools.partial(number, least=1), demo=2.5),
+    clip_grad=flag(10.0, "largest L2 norm of the gradient, of encoder and predictor apart"),
+    flip=flag(True, "mirror half of the training samples"),
+)
+WATCH = dict(
+    probe_every=flag(1000, "steps between two looks at the features", demo=300),
+    probe_clips=flag(1024, "clips of such a look", demo=200),
+    probe_labels=flag(1.0, "share of its training clips that the probe after the training gets", share),
+)
+PROBE = INPUT | MODEL | STILL | TRAINING | CLASSIFICATION | dict(
+    label=flag("motion", "what to classify in the built-in clips", ["photograph", "motion"]),
+    segments=flag(8, "clips of each video, whose tokens the probe attends to together", demo=1),
+    views=flag(3, "squares that each clip is cut into for a test, their probabilities averaged", demo=1),
+    epochs=flag(20.0, "passes over the data", demo=5.0),
+    batch_size=flag(256, "clips per step, on all GPUs together", demo=64),
+    base_lr=flag(1e-3, "learning rate per 256 clips of a batch", demo=4e-3),
+    min_lr=flag(0.0, "learning rate at the end of the schedule"),
+    warmup=flag(0.0, "share of the steps in which the learning rate rises", share),
+    weight_decay=flag(0.01, "of AdamW at the start of the schedule"),
+    final_weight_decay=flag(1e-6, "of AdamW at its end"),
+    clip_grad=flag(1.0, "largest L2 norm of the gradient"),
+    smoothing=flag(0.0, "label smoothing", share),
+    randaugment=flag(7.0, "magnitude of RandAugment, 0 to 10", functools.partial(number, most=10), demo=0.0),
+    erasing=flag(0.25, "probability of random erasing", share, demo=0.0),
+    flip=flag(False, "mirror half of the training samples (never with --label motion)"),
+    classifier=flag(None, "published attentive probe to test with the encoder in --init", str),
+)
+FINETUNE = PROBE | dict(  # ours: the published code has none
+    segments=flag(1, "clips of each video, whose tokens the probe attends to together"),
+    epochs=flag(30.0, "passes over the data", demo=3.0),
+    warmup=flag(0.1, "share of the steps in which the learning rate rises", share),
+    weight_decay=flag(0.05, "of AdamW at the start of the schedule"),
+    final_weight_decay=flag(0.05, "of AdamW at its end"),
+    layer_decay=flag(0.75, "factor on the learning rate from one block to the block below"),
+    drop_path=flag(0.1, "chance to skip a branch of the last block; rises linearly from the first", share, demo=0.0),
+)
+SHOW = INPUT | MODEL | STILL | MASKING | dict(
+    image=flag(None, "video, folder of frames or photograph for show (default: a clip of --data)", str))
 
 
 # ----------------------------------------------------------------------------------------------------------- masking
@@ -310,77 +289,6 @@ class VJEPA(nn.Module):
         torch._foreach_lerp_(list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - momentum)
 
 
-# ----------------------------------------------------------------------------------------- what the features are worth
-
-
-def features(encoders, samples, args, device, limit):
-    """Of up to `limit` clips: ([(N, times*D) of each encoder], labels (N,)).
-
-    Tokens are normalised, as they are predicted, averaged over space and joined over time.
-    """
-    def encode(clips):
-        tokens = torch.stack([encoder.eval().tokens(clips).float() for encoder in encoders], dim=1)
-        tokens = F.layer_norm(tokens, tokens.shape[-1:])  # (B, encoders, L, D)
-        return tokens.unflatten(2, (encoders[0].grid[0], -1)).mean(dim=3).flatten(2)
-
-    x, labels = data.features(encode, samples, args, device, limit)
-    return x.unbind(dim=1), labels
-
-
-def nearest_neighbours(x, labels, neighbours=10):
-    """Accuracy in percent when each sample takes the commonest label of its nearest others. x (N, D), labels (N,)."""
-    x = F.normalize(x - x.mean(dim=0), dim=1)
-    similarity = (x @ x.T).fill_diagonal_(-math.inf)
-    votes = F.one_hot(labels[similarity.topk(min(neighbours, len(x) - 1)).indices]).sum(dim=1)
-    return 100 * (votes.argmax(dim=1) == labels).double().mean().item()
-
-
-def probe(encoders, train, val, args, device):
-    """{what: [accuracy in percent of each encoder]} of ridge regression on `features`.
-
-    With 15 times `probe_clips` of each source, of which `probe_labels` is the share to train on.
-    """
-    clips = 15 * args.probe_clips
-    x, y = features(encoders, train, args, device, max(2, round(args.probe_labels * clips)))
-    x_val, y_val = features(encoders, val, args, device, clips)
-    labels, labels_val = (data.by_label(train.source, of_source) for of_source in (y, y_val))
-    return {name: [ridge_probe(one, labels[name], one_val, labels_val[name]) for one, one_val in zip(x, x_val)]
-            for name in labels}
-
-
-def spread_and_rank(x):
-    """How far a batch of features (N, D) is from a collapse: (spread, effective rank).
-
-    The spread is the deviation of each number across the samples, on average; 0 if all samples have the same features.
-    The effective rank is the exponential of the entropy of the singular values' shares (RankMe, arXiv 2210.02885), here
-    of the centred features: about the number of directions that are in use.
-    """
-    x = x - x.mean(dim=0)
-    share = torch.linalg.svdvals(x)
-    share = share / share.sum().clamp(min=1e-12)
-    return x.std(dim=0).mean().item(), torch.exp(-torch.xlogy(share, share).sum()).item()
-
-
-def score(found):
-    """What tells the best checkpoint: the nearest neighbours' accuracy, averaged over the labels; -1 if not known."""
-    accuracies = [value for name, value in found.items() if name.startswith("knn_")]
-    return sum(accuracies) / len(accuracies) if accuracies else -1
-
-
-def watch(model, samples, classes, args, device):
-    """What the y-encoder's features of held-out clips are worth at this step, for the log; a warning of a collapse."""
-    (x,), labels = features([model.target_encoder], samples, args, device, args.probe_clips)
-    spread, rank = spread_and_rank(x)
-    found = {"spread": spread, "rank": rank}
-    if classes:
-        for name, of_name in data.by_label(samples.source, labels).items():
-            found[f"knn_{name}"] = nearest_neighbours(x, of_name)
-    if spread < 0.1 or rank < 2:  # a healthy run has a spread of 0.4 and more
-        tqdm.write(f"warning: the features collapse (spread {spread:.3f}, effective rank {rank:.1f}): all clips look "
-                   "alike to the encoder. Lower --base-lr, raise --momentum or --batch-size.", sys.stderr)
-    return found
-
-
 # ------------------------------------------------------------------------------------------------------- pre-training
 
 
@@ -389,7 +297,8 @@ def new_model(args):
     torch.manual_seed(args.seed)
     model = VJEPA(args.size, args.image_size, args.patch_size, args.channels, args.frames, args.tubelet,
                   args.predictor_dim, args.predictor_depth, len(MASKS[args.masking]), args.target)
-    if not all(ids.numel() for ids in draw_masks(args, model.encoder.grid, 0, slice(0, 1), "cpu")[1]):
+    _, hidden = draw_masks(args, model.encoder.grid, 0, slice(0, 1), "cpu")
+    if not all(ids.numel() for ids in hidden):
         raise UserError(f"--masking {args.masking} hides none of the {math.prod(model.encoder.grid[1:])} patches of a "
                         "frame: the image is too small for its blocks, or --mask-ratio too low")
     if args.init:
@@ -397,10 +306,9 @@ def new_model(args):
     return model
 
 
-def open_clips(args, labelled):
+def open_clips(args, labelled, label=None):
     """Sources of clips, or with --still of images, as in `data.open_sources`."""
-    frames = 1 if args.still else args.frames
-    return data.open_sources(args.data, args.channels, labelled, frames, args.stride, args.label)
+    return data.open_sources(args.data, args.channels, labelled, 1 if args.still else args.frames, args.stride, label)
 
 
 def in_time(transform, args):
@@ -408,40 +316,45 @@ def in_time(transform, args):
     return data.Repeated(transform, args.frames) if args.still else transform
 
 
+def features_of(encoder):
+    """The function clips -> (B, times * D): the tokens, normalised as they are predicted, averaged over space and
+    joined over time.
+    """
+    def features(clips):
+        tokens = F.layer_norm(encoder.eval().tokens(clips).float(), (encoder.dim,))  # (B, L, D)
+        return tokens.unflatten(1, (encoder.grid[0], -1)).mean(dim=2).flatten(1)
+    return features
+
+
 def pretrain(args):
-    device, rank, processes = join_processes(args.device)
+    device = join_processes(args)
     train_source, val_source, classes = open_clips(args, labelled=False)
-    data.complete(args, train_source, device, processes)
-    augmentation = data.crop_and_flip(args.image_size, args.mean, args.std, (0.3, 1.0), args.flip, (0.75, 1.35),
-                                      data.BILINEAR)
+    data.settle(args, train_source)
+    augmentation = data.crop_and_flip(args.image_size, (0.3, 1.0), args.flip, (0.75, 1.35), data.BILINEAR)
     samples = data.Samples(train_source, in_time(augmentation, args), args.seed)
-    view = in_time(data.CentreCrop(args.image_size, args.mean, args.std), args)
+    view = in_time(data.CentreCrop(args.image_size), args)
     held_out = data.Samples(val_source or train_source, view, replace=False)
 
     model = new_model(args).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=True)
-    autocast, scaler = precision_of(args, device)
-    first_step = open_run(args, model, optimizer, scaler)
+    autocast, scaler = precision_of(args)
+    run = Run(args, model, optimizer, scaler)
     # One module for both networks. The y-encoder needs no gradient, so DDP only copies it once, at the start.
-    net = DistributedDataParallel(model) if processes > 1 else model
+    net = DistributedDataParallel(model) if args.processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
-    batches = data.training_loader(samples, args, first_step, rank, processes, device)
-    log = Log(args, first_step, "clips")
-    best = max((score(line) for line in log.lines()), default=-1)
+    batches = data.training_loader(samples, args, device, run.step)
     horizon = args.stretch * args.steps  # the schedules are made for a longer run, and cut
-    for step in range(first_step, args.steps):
+    for step in range(run.step, args.steps):
         peak = args.base_lr * args.batch_size / 256
         lr = cosine(step + 1, horizon, args.warmup * args.steps, peak, args.min_lr, args.start_lr * peak)
         weight_decay = cosine(step + 1, horizon, 0, args.weight_decay, args.final_weight_decay)
         momentum = args.momentum + (1 - args.momentum) * step / horizon
         for group in optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = weight_decay * group["decays"]
+            group["lr"], group["weight_decay"] = lr, weight_decay * group["decays"]
 
         for part in range(args.accumulate):
-            rows = data.rows_of_process(args.batch_size, args.accumulate, part, rank, processes)
-            visible, hidden = draw_masks(args, model.encoder.grid, step, rows, device)
+            visible, hidden = draw_masks(args, model.encoder.grid, step, data.rows_of_process(args, part), device)
             clips, _ = next(batches)
             if args.compile:
                 # The lengths change from step to step: told so, the compiler makes one graph for all of them, instead
@@ -450,9 +363,9 @@ def pretrain(args):
                     torch._dynamo.maybe_mark_dynamic(ids, 1)
             with no_sync(net, last=part == args.accumulate - 1):
                 with autocast:
-                    loss = net(clips, visible, hidden)
+                    loss = net(data.one_clip(clips), visible, hidden)
                 scaler.scale(loss / args.accumulate).backward()
-            log.losses.append(loss.detach())
+            run.losses.append(loss.detach())
         if args.clip_grad and step >= args.warmup * args.steps:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.encoder.parameters(), args.clip_grad)
@@ -462,30 +375,25 @@ def pretrain(args):
         optimizer.zero_grad(set_to_none=True)
         model.update_target_encoder(momentum)
 
-        log.step_done()
-        probing = log.step % args.probe_every == 0 or log.step == args.steps
-        if probing or log.due:
-            loss = log.mean_loss(lr, scaler)  # stops the run before it saves, if it is not finite
-            found = watch(model, held_out, classes, args, device) if probing and is_rank_0() else {}
-            log.write(loss=loss, lr=lr, momentum=momentum, **found)
-            if score(found) > best:
-                best = score(found)
-                save_run(args, settings_of(args), log.step, model, optimizer, scaler, "best.pt")
-        log.save_or_leave(model, optimizer, scaler)
-    log.close()
+        found = None
+        if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
+            encoder = features_of(model.target_encoder)
+            found = data.watch(encoder, held_out, args, device, bool(classes)) if args.rank == 0 else {}
+        run.step_done(lr, found, momentum=momentum)
+    run.close()
 
-    if is_rank_0():
-        save_picture(model.target_encoder, held_out[len(held_out.source) // 4, 0][0], args)
+    if args.rank == 0:
+        save_picture(model.target_encoder, held_out, args, device)
         also = f", the best {args.out}/best.pt" if classes else ""
         print(f"checkpoint {args.out}/last.pt{also}, log {args.out}/log.jsonl")
         if classes:
-            train = data.Samples(train_source, view, replace=False)
-            encoders = [new_model(args).to(device).target_encoder, model.target_encoder,
-                        ViT.load(Path(args.out, "best.pt")).to(device)]
-            for name, found in probe(encoders, train, held_out, args, device).items():
-                print("probe of the frozen encoder on validation clips, {}: {:.1f} % before training, {:.1f} % after, "
-                      "{:.1f} % in best.pt".format(name, *found))
-    data.report_unreadable(train_source, val_source)
+            encoders = {"before training": new_model(args).to(device).target_encoder, "after": model.target_encoder,
+                        "in best.pt": ViT.load(Path(args.out, "best.pt")).to(device)}
+            encoders = {when: features_of(encoder) for when, encoder in encoders.items()}
+            clips = 15 * args.probe_clips
+            data.print_probe(encoders, data.Samples(train_source, view, replace=False), held_out, args, device,
+                             max(2, round(args.probe_labels * clips)), clips)
+    data.report_unreadable(args, train_source, val_source)
 
 
 # ----------------------------------------------------------------------------------------------- probe and fine-tuning
@@ -555,111 +463,67 @@ class Classifier(nn.Module):
         self.classifier = AttentiveClassifier(encoder.dim, encoder.blocks[0].attn.heads, classes)
 
     def forward(self, clips):
-        """Clips (B, C, T, H, W), or (B, segments, C, T, H, W), whose tokens the probe attends to together, or
-        (B, views, segments, C, T, H, W), over whose views probabilities are averaged -> logits (B, classes).
+        """Clips (B, views, segments, C, T, H, W) -> logits (B, classes).
+
+        The probe attends to the tokens of all segments together; over views, probabilities are averaged.
         """
-        lead = clips.shape[:-4]
-        x = self.encoder.tokens(clips.flatten(0, -5))  # (B * views * segments, L, D)
-        logits = self.classifier(x.reshape(lead[:2].numel() if len(lead) == 3 else lead[0], -1, x.shape[-1]))
-        if len(lead) == 3:
-            return logits.unflatten(0, lead[:2]).float().softmax(dim=-1).mean(dim=1).log()
-        return logits
+        B, views, segments = clips.shape[:3]
+        x = self.encoder.tokens(clips.flatten(0, 2))  # (B * views * segments, L, D)
+        logits = self.classifier(x.reshape(B * views, -1, x.shape[2]))  # (B * views, classes)
+        return logits if views == 1 else logits.unflatten(0, (B, views)).float().softmax(dim=-1).mean(dim=1).log()
 
 
 def new_classifier(args, classes):
     """The encoder in --init (or a new one) with a new probe; the encoder is frozen if the task is to probe it."""
     torch.manual_seed(args.seed)
-    changes = {"image_size": args.image_size, "frames": args.frames, "tubelet": args.tubelet,
-               "drop_path": args.drop_path or 0.0}
+    shape = {"image_size": args.image_size, "frames": args.frames, "tubelet": args.tubelet,
+             "drop_path": args.drop_path if args.task == "finetune" else 0.0}
     if args.init:
-        encoder = ViT.load(args.init, **changes)
+        encoder = ViT.load(args.init, **shape)
     else:
-        encoder = ViT(args.size, patch_size=args.patch_size, channels=args.channels, class_token=False, **changes)
+        encoder = ViT(args.size, patch_size=args.patch_size, channels=args.channels, class_token=False, **shape)
     if args.task == "probe":
         encoder.requires_grad_(False)
     torch.manual_seed(args.seed)  # the same probe for any encoder
-    return Classifier(encoder, len(classes))
+    model = Classifier(encoder, classes)
+    if args.eval_only:
+        path = args.classifier or args.init
+        weights = {name.removeprefix("classifier."): weight for name, weight in read_weights(path)[0].items()
+                   if name.startswith("classifier.")}
+        load_strictly(model.classifier, weights, path)
+    return model
 
 
 def classify(args):
     """`probe`: train the attentive probe on the frozen encoder. `finetune`: train both."""
     if args.classifier and not args.eval_only:
         raise UserError("--classifier is for --eval-only")
-    device, rank, processes = join_processes(args.device)
-    train_source, val_source, classes = open_clips(args, labelled=True)
-    data.complete(args, train_source, device, processes)
-    clips_of_videos = isinstance(train_source, data.Files) and not args.still
-    if clips_of_videos:
-        train_source.views = args.segments if args.segments > 1 else None  # a single one begins at a random time
-        val_source.views = args.segments
-    mirrored = args.flip and not (args.data is None and not args.still and args.label == "motion")
-    augmentation = data.strong_augmentation(args.image_size, args.mean, args.std, args.randaugment, args.erasing,
-                                            mirrored, operations=4)
-    views = args.views if clips_of_videos else 1
+    device = join_processes(args)
+    train_source, val_source, classes = open_clips(args, True, args.label)
+    data.settle(args, train_source)
+    train_source.segments = args.segments if args.segments > 1 else None  # a single one begins at a random time
+    val_source.segments = args.segments
+    flip = args.flip and not (args.data is None and not args.still and args.label == "motion")
+    augmentation = data.strong_augmentation(args, flip, operations=4)
     samples = data.Samples(train_source, in_time(augmentation, args), args.seed)
-    test_view = data.SpatialViews(args.image_size, args.mean, args.std, views)
-    val = data.Samples(val_source, in_time(test_view, args), replace=False)
+    view = data.CentreCrop(args.image_size, 1 if args.still else args.views)
+    val = data.Samples(val_source, in_time(view, args), replace=False)
+    model = new_classifier(args, len(classes)).to(device)
 
-    def test():
-        return accuracy(model, data.test_loader(val, args, device, rank, processes), device, autocast)
+    def test(last):
+        return accuracy(args, model, data.test_loader(val, args, device), last)
 
-    model = new_classifier(args, classes).to(device)
-    autocast, scaler = precision_of(args, device)
+    def schedule(step):
+        lr = cosine(step + 1, args.steps, args.warmup * args.steps, args.base_lr * args.batch_size / 256, args.min_lr)
+        return lr, cosine(step + 1, args.steps, 0, args.weight_decay, args.final_weight_decay)
+
     if args.eval_only:
-        path = args.classifier or args.init
-        weights = {name.removeprefix("classifier."): weight for name, weight in read_weights(path)[0].items()
-                   if name.startswith("classifier.")}
-        load_strictly(model.classifier, weights, path)
-        top1, top5 = test()
-        if is_rank_0():
-            print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(val_source)} validation samples")
-        data.report_unreadable(val_source)
-        return
-
-    groups = parameter_groups(model, args.weight_decay, args.layer_decay or 1.0)
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    first_step = open_run(args, model, optimizer, scaler)
-    net = DistributedDataParallel(model) if processes > 1 else model
-    net = torch.compile(net) if args.compile else net
-
-    batches = data.training_loader(samples, args, first_step, rank, processes, device)
-    log = Log(args, first_step, "clips")
-    for step in range(first_step, args.steps):
-        peak = args.base_lr * args.batch_size / 256
-        lr = cosine(step + 1, args.steps, args.warmup * args.steps, peak, args.min_lr)
-        weight_decay = cosine(step + 1, args.steps, 0, args.weight_decay, args.final_weight_decay)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-            group["weight_decay"] = weight_decay * group["decays"]
-
-        model.train()
-        torch.manual_seed(mix_seed(args.seed, step, rank))  # of drop path
-        for part in range(args.accumulate):
-            clips, labels = next(batches)
-            with no_sync(net, last=part == args.accumulate - 1):
-                with autocast:
-                    loss = F.cross_entropy(net(clips), labels)
-                scaler.scale(loss / args.accumulate).backward()
-            log.losses.append(loss.detach())
-        if args.clip_grad:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        log.step_done()
-        tested = {}
-        if log.step % max(1, len(train_source) // args.batch_size) == 0 or log.step == args.steps:  # each epoch
-            tested["top1"], tested["top5"] = test()
-        if tested or log.due:
-            log.write(loss=log.mean_loss(lr, scaler), lr=lr, **tested)
-        log.save_or_leave(model, optimizer, scaler)
-    log.close()
-    data.report_unreadable(train_source, val_source)
-    if is_rank_0() and first_step < args.steps:
-        print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl\n"
-              f"top-1 {tested['top1']:.2f} %, top-5 {tested['top5']:.2f} % of {len(val_source)} validation samples")
+        test(last=True)
+    else:
+        groups = parameter_groups(model, args.weight_decay, args.layer_decay if args.task == "finetune" else 1.0)
+        train_classifier(args, model, torch.optim.AdamW(groups, fused=True), schedule,
+                         functools.partial(data.training_loader, samples, args, device), test)
+    data.report_unreadable(args, train_source, val_source)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -673,17 +537,17 @@ def colours(tokens):
     return ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
 
 
-def save_picture(encoder, clip, args):
-    """Write a picture with a row per time step of a clip ([1,] C, T, H, W).
+def save_picture(encoder, samples, args, device):
+    """Write a picture with a row per time step of a clip.
 
     A row has the first frame of the tubelet, what each mask leaves of it as context (a column per mask), and the
     encoder's tokens, coloured by `colours`.
     """
-    clip = clip[0] if clip.ndim == 5 else clip
-    (times, rows, columns), device = encoder.grid, encoder.pos_embed.device
+    times, rows, columns = encoder.grid
+    clip = data.one_clip(data.examples(samples, [len(samples.source) // 4], args, device)[0])  # (1, C, T, H, W)
     with torch.no_grad():
-        tokens = encoder.eval().tokens(clip[None].to(device))[0].float().cpu()[-times * rows * columns:]  # (L, D)
-    frames = clip[:, ::args.tubelet].transpose(0, 1).cpu()  # (times, C, H, W)
+        tokens = encoder.eval().tokens(clip)[0].float().cpu()[-times * rows * columns:]  # (L, D)
+    frames = clip[0, :, ::args.tubelet].transpose(0, 1).cpu()  # (times, C, H, W)
     frames = frames * torch.tensor(args.std).view(-1, 1, 1) + torch.tensor(args.mean).view(-1, 1, 1)
     visible, _ = draw_masks(args, encoder.grid, 0, slice(0, 1), "cpu")
     shown = [frames]
@@ -696,21 +560,26 @@ def save_picture(encoder, clip, args):
 
 def show(args):
     """Write the picture of `save_picture` for --image, or for a clip of --data."""
+    device = join_processes(args)
     if args.image:
         args.data, args.still = args.image, Path(args.image).suffix.lower() in data.IMAGE_FILES
     train_source, val_source, _ = open_clips(args, labelled=False)
     source = val_source or train_source
-    data.complete(args, source, torch.device("cpu"))
-    view = in_time(data.CentreCrop(args.image_size, args.mean, args.std), args)
-    clip = data.Samples(source, view)[len(source) // 4, 0][0]
-    save_picture(ViT.load(args.init, image_size=args.image_size, frames=args.frames), clip, args)
+    data.settle(args, source)
+    samples = data.Samples(source, in_time(data.CentreCrop(args.image_size), args))
+    encoder = ViT.load(args.init, image_size=args.image_size, frames=args.frames).to(device)
+    save_picture(encoder, samples, args, device)
+
+
+TASKS = {"pretrain": (pretrain, PRETRAIN, WATCH), "probe": (classify, PROBE, {}), "finetune": (classify, FINETUNE, {}),
+         "show": (show, SHOW, {})}
 
 
 def main():
-    args = parse_command_line("vjepa", __doc__, RECIPES, FLAGS)
+    args = parse_command_line("vjepa", __doc__, TASKS, MODEL | MASKING | PREDICTOR)
     if args.frames < 2:
         raise UserError("V-JEPA needs clips of several frames: for images use --still, which repeats them in time")
-    {"pretrain": pretrain, "probe": classify, "finetune": classify, "show": show}[args.task](args)
+    TASKS[args.task][0](args)
 
 
 if __name__ == "__main__":
