@@ -348,9 +348,9 @@ def masks_of_slices(masking, slices, consistent, batch, grid, ratio, generator, 
     if masking == "random" and not consistent:
         return random_mask(batch, (slices, *grid), ratio, generator, device)
     own = 1 if consistent else slices
-    places = MASKS[masking](batch * own, grid, ratio, generator, device)
     first = math.prod(grid) * torch.arange(slices, device=device)[:, None]  # token of each slice
-    return tuple((ids.unflatten(0, (batch, own)) + first).flatten(1) for ids in places)
+    return tuple((ids.unflatten(0, (batch, own)) + first).flatten(1)
+                 for ids in MASKS[masking](batch * own, grid, ratio, generator, device))
 
 
 # ------------------------------------------------------------------------------------------------------- pre-training
@@ -358,17 +358,17 @@ def masks_of_slices(masking, slices, consistent, batch, grid, ratio, generator, 
 
 def open_images(args, labelled):
     """Sources of images, scenes of many bands, or series, as in `data.open_sources`; checks --bands and --dates."""
-    every = [band for group in groups_of(args.bands) or () for band in group]
-    if args.bands and args.dates > 1:
+    bands = [band for group in groups_of(args.bands) or () for band in group]
+    if bands and args.dates > 1:
         raise UserError("give --bands or --dates, not both")
-    if len(set(every)) < len(every):
+    if len(set(bands)) < len(bands):
         raise UserError(f"--bands {args.bands} has a band twice")
     if not args.data and not args.init:  # the built-in scenes have as many channels as are asked for
-        args.channels = max([args.channels, *(band + 1 for band in every)])
-    if every and (max(every) >= args.channels or min(every) < 0):
+        args.channels = max([args.channels, *(band + 1 for band in bands)])
+    if bands and not 0 <= min(bands) <= max(bands) < args.channels:
         raise UserError(f"--bands {args.bands} has a band that is not among the {args.channels} channels, 0 to "
                         f"{args.channels - 1} (--channels)")
-    return data.open_sources(args.data, args.channels, labelled, dates=args.dates, scenes=bool(args.bands))
+    return data.open_sources(args.data, args.channels, labelled, dates=args.dates, scenes=bool(bands))
 
 
 def new_model(args):
@@ -398,11 +398,10 @@ def new_model(args):
 
 
 def draw_masks(args, batch, generator, device):
-    """Places (visible, hidden) for a batch, with --bands or --dates among the tokens of all slices."""
+    """Places (visible, hidden) for a batch."""
     grid, slices = grid_of(args.image_size, args.patch_size), len(groups_of(args.bands) or ()) or args.dates
-    if slices == 1:
-        return MASKS[args.masking](batch, grid, args.mask_ratio, generator, device)
-    return masks_of_slices(args.masking, slices, args.consistent, batch, grid, args.mask_ratio, generator, device)
+    shape = (batch, grid, args.mask_ratio, generator, device)
+    return MASKS[args.masking](*shape) if slices == 1 else masks_of_slices(args.masking, slices, args.consistent, *shape)
 
 
 def pretrain(args):

@@ -317,13 +317,9 @@ def in_time(transform, args):
 
 
 def features_of(encoder):
-    """The function clips -> (B, times * D): the tokens, normalised as they are predicted, averaged over space and
-    joined over time.
-    """
-    def features(clips):
-        tokens = F.layer_norm(encoder.eval().tokens(clips).float(), (encoder.dim,))  # (B, L, D)
-        return tokens.unflatten(1, (encoder.grid[0], -1)).mean(dim=2).flatten(1)
-    return features
+    """The function clips -> (B, times * D): tokens, normalised as they are predicted, their mean over space at each time."""
+    return lambda clips: F.layer_norm(encoder.eval().tokens(clips).float(), (encoder.dim,)).unflatten(
+        1, (encoder.grid[0], -1)).mean(dim=2).flatten(1)
 
 
 def pretrain(args):
@@ -399,59 +395,30 @@ def pretrain(args):
 # ----------------------------------------------------------------------------------------------- probe and fine-tuning
 
 
-class CrossAttention(nn.Module):
-    """Queries (B, Q, D) gather from tokens (B, N, D) -> (B, Q, D)."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.q, self.kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim).requires_grad_(False)  # the published probe has it and never uses it
-
-    def forward(self, queries, x):
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # each (B, heads, Q or N, D/heads)
-                   for y in (self.q(queries), *self.kv(x).chunk(2, dim=-1)))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-class CrossAttentionBlock(nn.Module):
-    """Pre-norm block of cross-attention: queries (B, Q, D), tokens (B, N, D) -> (B, Q, D)."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.norm1, self.xattn = nn.LayerNorm(dim), CrossAttention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim), MLP(dim, 4 * dim)
-
-    def forward(self, queries, x):
-        queries = queries + self.xattn(queries, self.norm1(x))
-        return queries + self.mlp(self.norm2(queries))
-
-
-class AttentivePooler(nn.Module):
-    """One learned query gathers from all tokens: (B, N, D) -> (B, D)."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.query_tokens = nn.Parameter(torch.zeros(1, 1, dim))
-        self.cross_attention_block = CrossAttentionBlock(dim, heads)
-        initialise(self)
-        nn.init.trunc_normal_(self.query_tokens, std=0.02)
-        with torch.no_grad():
-            self.cross_attention_block.mlp.fc2.weight.div_(math.sqrt(2))
-
-    def forward(self, x):
-        return self.cross_attention_block(self.query_tokens.expand(len(x), -1, -1), x)[:, 0]
-
-
 class AttentiveClassifier(nn.Module):
-    """The attentive probe: (B, N, D) -> logits (B, classes)."""
+    """The attentive probe: a learned query gathers from all tokens, (B, N, D) -> logits (B, classes)."""
 
     def __init__(self, dim, heads, classes):
         super().__init__()
-        self.pooler, self.linear = AttentivePooler(dim, heads), nn.Linear(dim, classes)
+        self.heads, self.pooler = heads, nn.Module()  # nested as in the published files
+        self.pooler.query_tokens = nn.Parameter(torch.zeros(1, 1, dim))
+        attention = nn.ModuleDict({"q": nn.Linear(dim, dim), "kv": nn.Linear(dim, 2 * dim), "proj": nn.Linear(dim, dim)})
+        attention["proj"].requires_grad_(False)  # the published probe has it and never uses it
+        self.pooler.cross_attention_block = nn.ModuleDict({
+            "norm1": nn.LayerNorm(dim), "xattn": attention, "norm2": nn.LayerNorm(dim), "mlp": MLP(dim, 4 * dim)})
+        initialise(self)
+        nn.init.trunc_normal_(self.pooler.query_tokens, std=0.02)
+        with torch.no_grad():
+            self.pooler.cross_attention_block["mlp"].fc2.weight.div_(math.sqrt(2))
+        self.linear = nn.Linear(dim, classes)
 
     def forward(self, x):
-        return self.linear(self.pooler(x))
+        block, query = self.pooler.cross_attention_block, self.pooler.query_tokens.expand(len(x), -1, -1)  # (B, 1, D)
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (  # each (B, heads, 1 or N, D/heads)
+            block["xattn"]["q"](query), *block["xattn"]["kv"](block["norm1"](x)).chunk(2, dim=-1)))
+        query = query + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        query = query + block["mlp"](block["norm2"](query))
+        return self.linear(query[:, 0])
 
 
 class Classifier(nn.Module):
