@@ -21,7 +21,6 @@ It never sees a mask token, which makes it both better and cheaper; the decoder 
     python mae.py show --init runs/mae/last.pt --image photo.jpg
     python mae.py --bands 0,1,2/3,4/5 --out runs/bands      SatMAE on scenes of six bands; --dates 3: at three dates
 """
-import functools
 import math
 
 import torch
@@ -446,13 +445,11 @@ def pretrain(args):
 
     if args.rank == 0:
         view = data.CentreCrop(args.image_size)
-        train, val = (data.Samples(source, view, replace=False) for source in (train_source, val_source or train_source))
+        train, val = (data.Samples(x, view, replace=False) for x in (train_source, val_source or train_source))
         save_picture(model, val, args, device)
-        print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
         if classes:
-            untrained = new_model(args).to(device)
-            data.print_probe({"before training": features_of(untrained), "after": features_of(model)}, train, val, args,
-                             device)
+            models = {"before training": new_model(args).to(device), "after": model}
+            data.print_probe({when: features_of(model) for when, model in models.items()}, train, val, args, device)
     data.report_unreadable(args, train_source, val_source)
 
 
@@ -512,19 +509,19 @@ def classify(args):
         peak = args.base_lr * args.batch_size / 256
         return cosine(step, args.steps, args.warmup * args.steps, peak, args.min_lr), args.weight_decay
 
+    if args.task == "finetune":
+        augmentation, mix = data.strong_augmentation(args), data.mix_up_and_cut_mix(args, len(classes))
+        groups = parameter_groups(model, args.weight_decay, args.layer_decay, no_decay=("cls_token", "pos_embed"))
+        optimizer = torch.optim.AdamW(groups, fused=True)
+    else:
+        augmentation, mix = data.crop_and_flip(args.image_size, scale=(0.08, 1.0)), None
+        optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), lr=args.base_lr, momentum=0.9)
     if args.eval_only:
         test(last=True)
-    elif args.task == "finetune":
-        samples = data.Samples(train_source, data.strong_augmentation(args), args.seed)
-        groups = parameter_groups(model, args.weight_decay, args.layer_decay, no_decay=("cls_token", "pos_embed"))
-        train_classifier(args, model, torch.optim.AdamW(groups, fused=True), schedule,
-                         functools.partial(data.training_loader, samples, args, device), test,
-                         data.mix_up_and_cut_mix(args, len(classes)))
     else:
-        samples = data.Samples(train_source, data.crop_and_flip(args.image_size, scale=(0.08, 1.0)), args.seed)
-        optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), lr=args.base_lr, momentum=0.9)
-        train_classifier(args, model, optimizer, schedule,
-                         functools.partial(data.training_loader, samples, args, device), test)
+        samples = data.Samples(train_source, augmentation, args.seed)
+        train_classifier(args, model, optimizer, schedule, lambda first: data.training_loader(
+            samples, args, device, first), test, mix)
     data.report_unreadable(args, train_source, val_source)
 
 

@@ -20,7 +20,6 @@ leaves out colour and contrast. It needs no tokenizer, no teacher and no decoder
     python maskfeat.py finetune --data DIR --init runs/maskfeat/last.pt
     python maskfeat.py show --init runs/maskfeat/last.pt --image photo.jpg
 """
-import functools
 import math
 
 import torch
@@ -303,13 +302,11 @@ def pretrain(args):
 
     if args.rank == 0:
         view = data.CentreCrop(args.image_size)
-        train, val = (data.Samples(source, view, replace=False) for source in (train_source, val_source or train_source))
+        train, val = (data.Samples(x, view, replace=False) for x in (train_source, val_source or train_source))
         save_picture(model, val, args, device)
-        print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
         if classes:
-            untrained = new_model(args).to(device)
-            data.print_probe({"before training": features_of(untrained), "after": features_of(model)}, train, val, args,
-                             device)
+            models = {"before training": new_model(args).to(device), "after": model}
+            data.print_probe({when: features_of(model) for when, model in models.items()}, train, val, args, device)
     data.report_unreadable(args, train_source, val_source)
 
 
@@ -372,9 +369,8 @@ def finetune(args):
         test(last=True)
     else:
         optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.layer_decay), fused=True)
-        train_classifier(args, model, optimizer, schedule,
-                         functools.partial(data.training_loader, samples, args, device), test,
-                         data.mix_up_and_cut_mix(args, len(classes)))
+        train_classifier(args, model, optimizer, schedule, lambda first: data.training_loader(
+            samples, args, device, first), test, data.mix_up_and_cut_mix(args, len(classes)))
     data.report_unreadable(args, train_source, val_source)
 
 

@@ -380,8 +380,6 @@ def pretrain(args):
 
     if args.rank == 0:
         save_picture(model.target_encoder, held_out, args, device)
-        also = f", the best {args.out}/best.pt" if classes else ""
-        print(f"checkpoint {args.out}/last.pt{also}, log {args.out}/log.jsonl")
         if classes:
             encoders = {"before training": new_model(args).to(device).target_encoder, "after": model.target_encoder,
                         "in best.pt": ViT.load(Path(args.out, "best.pt")).to(device)}
@@ -489,7 +487,7 @@ def classify(args):
     else:
         groups = parameter_groups(model, args.weight_decay, args.layer_decay if args.task == "finetune" else 1.0)
         train_classifier(args, model, torch.optim.AdamW(groups, fused=True), schedule,
-                         functools.partial(data.training_loader, samples, args, device), test)
+                         lambda first: data.training_loader(samples, args, device, first), test)
     data.report_unreadable(args, train_source, val_source)
 
 
