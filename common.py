@@ -82,10 +82,8 @@ def sincos_2d(dim, grid):
 
 
 def sincos_3d(dim, grid):
-    """Position table (L, dim) of a grid (times, rows, columns).
-
-    Time, row and column get the same share of the vector, rounded up to an even number and cut to dim at the end
-    ("uniform_power" in the published V-JEPA configurations).
+    """Position table (L, dim) of a grid (times, rows, columns): each axis gets a third of the vector, rounded up to an
+    even number, and all is cut to dim ("uniform_power" in the published V-JEPA).
     """
     axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
     share = math.ceil(dim / 6) * 2
@@ -119,49 +117,29 @@ class PatchEmbed(nn.Module):
         return self.proj(pixels).flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
+class Block(nn.Module):
+    """Pre-norm transformer block, (B, N, D) -> (B, N, D): self-attention, then two linear layers with a GELU between.
 
-    def __init__(self, dim, heads):
+    drop_path: the chance that a sample skips a branch (stochastic depth).
+    """
+
+    def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
         if dim % heads:
             raise UserError(f"a width of {dim} is not a multiple of {heads} attention heads")
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """Two linear layers with a GELU between them, (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block. `drop_path` is the chance that a sample skips a branch (stochastic depth)."""
-
-    def __init__(self, dim, heads, drop_path=0.0):
-        super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, 4 * dim)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
+        x = x + self.drop_path(self.attn["proj"](attended))
+        return x + self.drop_path(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
 
 
 class ViT(nn.Module):
@@ -270,10 +248,6 @@ class UserError(Exception):
     """Something that the user gave is wrong: `run_main` prints the sentence and exits with 2."""
 
 
-class BrokenCheckpoint(UserError):
-    """A checkpoint is damaged, or is none."""
-
-
 NETWORKS = ("encoder", "predictor", "target_encoder", "classifier")  # a published V-JEPA has a dictionary for each
 
 
@@ -289,7 +263,7 @@ def read_checkpoint(path):
     except (FileNotFoundError, PermissionError, MemoryError) as error:
         raise UserError(f"there is no checkpoint {path} that can be read: {error}") from None
     except Exception:  # a damaged file makes the reader fail in many ways
-        raise BrokenCheckpoint(f"{path} is broken or is not a checkpoint of tensors and plain values") from None
+        raise UserError(f"{path} is broken or is not a checkpoint of tensors and plain values") from None
     nested = ("model", "model_state", *NETWORKS)
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name, {}), dict) for name in nested):
         raise UserError(f"{path} holds no weights by name")
@@ -451,7 +425,7 @@ class Run:
         self.best, self.signal, self.board = -math.inf, 0, None
         self.step = 0 if args.benchmark else self.resume()
         self.time, self.step_at_time = time.perf_counter(), self.step
-        self.opened = contextlib.ExitStack()
+        self.opened = contextlib.ExitStack()  # what `close` ends
         for number in (signal.SIGINT, signal.SIGTERM):
             self.opened.callback(signal.signal, number, signal.signal(number, self.note))  # gives it back
         self.bar = self.opened.enter_context(tqdm(
@@ -464,8 +438,8 @@ class Run:
         elif args.rank == 0:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
-                board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=self.step)
-                self.board = self.opened.enter_context(board)
+                self.board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=self.step)
+                self.opened.callback(self.board.close)
 
     def note(self, number, frame):
         self.signal = number
@@ -478,8 +452,7 @@ class Run:
     def resume(self):
         """Go on with the run in --out, if there is one: the number of steps that it has done.
 
-        A broken last.pt is put aside as last.broken.pt and previous.pt is used. A folder with a run of other settings
-        is left alone with a UserError, unless --fresh.
+        Instead of a broken last.pt previous.pt is used. A UserError if the run has other settings, unless --fresh.
         """
         args, out, step, broken = self.args, Path(self.args.out), 0, None
         fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # not again after a crash
@@ -487,7 +460,7 @@ class Run:
         if found:
             try:
                 checkpoint = read_checkpoint(found[0])
-            except BrokenCheckpoint as error:
+            except UserError as error:
                 broken, *found = found
                 if not found:
                     raise UserError(f"{error}, and there is no other to go on from: --fresh starts over") from None
@@ -698,10 +671,7 @@ def train_classifier(args, model, optimizer, schedule, batches, test, mix=None):
 
 @torch.no_grad()
 def accuracy(args, model, batches, last):
-    """{"top1", "top5"}, in percent, over the batches of all processes; samples with the label -1 do not count.
-
-    last: print it, as the result of a run.
-    """
+    """{"top1", "top5"}, in percent, of all processes' samples, but those with the label -1. last: print it too."""
     model.eval()
     for buffer in model.buffers() if args.processes > 1 else ():  # BatchNorm's statistics: those of the checkpoint
         dist.broadcast(buffer, 0)
@@ -761,8 +731,7 @@ MACHINE = dict(  # where and how a run is made: no settings, so a run goes on al
     out=flag(None, "folder of the run (default: runs/METHOD, or runs/METHOD-TASK)", str),
     fresh=flag(False, "start over in --out instead of going on with the run in it"),
     device=flag(DEVICES[0], "where to compute, of what this machine has", DEVICES),
-    precision=flag(None, "of the products (default: bf16 on CUDA, fp16 where it has none; else fp32)",
-                   ["bf16", "fp16", "fp32"]),
+    precision=flag(None, "of products (default: bf16 on CUDA, or else fp16; on others fp32)", ["bf16", "fp16", "fp32"]),
     compile=flag(None, "use torch.compile (default: on CUDA)", bool),
     workers=flag(min(16, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
                  "data loading processes per GPU", whole),
