@@ -75,18 +75,13 @@ def sincos_1d(dim, positions):
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def sincos_2d(dim, grid):
-    """Position table (L, dim) of a grid (rows, columns): first the code of the *column*, as in the published MAE."""
-    row, column = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-    return torch.cat([sincos_1d(dim // 2, axis.flatten()) for axis in (column, row)], dim=1).float()
-
-
-def sincos_3d(dim, grid):
-    """Position table (L, dim) of a grid (times, rows, columns): each axis gets a third of the vector, rounded up to an
-    even number, and all is cut to dim ("uniform_power" in the published V-JEPA).
+def sincos(dim, grid):
+    """Position table (L, dim) of a grid ([times,] rows, columns): each axis gets an equal share of the vector, rounded
+    up to an even number, and all is cut to dim. As in the published code, an image's table begins with the *column*
+    (MAE), a clip's with the time (V-JEPA, "uniform_power").
     """
     axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-    share = math.ceil(dim / 6) * 2
+    axes, share = axes[::-1] if len(grid) == 2 else axes, 2 * math.ceil(dim / 2 / len(grid))
     return torch.cat([sincos_1d(share, axis.flatten()) for axis in axes], dim=1)[:, :dim].float()
 
 
@@ -161,8 +156,7 @@ class ViT(nn.Module):
 
         self.patch_embed = PatchEmbed(patch_size, channels, dim, frames, tubelet)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
-        table = sincos_3d(dim, self.grid) if frames > 1 else sincos_2d(dim, self.grid)
-        table = F.pad(table, (0, 0, int(class_token), 0))[None]  # the class token's position is a row of zeros
+        table = F.pad(sincos(dim, self.grid), (0, 0, int(class_token), 0))[None]  # zeros for the class token
         self.pos_embed = nn.Parameter(table, requires_grad=learned_positions)
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / (depth - 1)) for i in range(depth))
         self.norm = nn.Identity() if pool == "mean" else nn.LayerNorm(dim, eps=1e-6)
@@ -256,10 +250,8 @@ def read_checkpoint(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their arguments in one
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # the check sums, which torch.load leaves aside
-                if archive.testzip():
-                    raise ValueError("a wrong check sum")
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load leaves the check sums aside
+            raise ValueError("a wrong check sum")
     except (FileNotFoundError, PermissionError, MemoryError) as error:
         raise UserError(f"there is no checkpoint {path} that can be read: {error}") from None
     except Exception:  # a damaged file makes the reader fail in many ways
@@ -342,9 +334,8 @@ def join_processes(args):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         backend, of_gpu = ("gloo", None) if args.device == "cpu" else ("cpu:gloo,cuda:nccl", device)
-        patience = datetime.timedelta(minutes=30)  # while rank 0 draws the picture and runs the probe
-        dist.init_process_group(backend, store=store, rank=args.rank, world_size=args.processes, timeout=patience,
-                                device_id=of_gpu)
+        dist.init_process_group(backend, store=store, rank=args.rank, world_size=args.processes, device_id=of_gpu,
+                                timeout=datetime.timedelta(minutes=30))  # for rank 0 to draw the picture and to probe
     return device
 
 
@@ -514,9 +505,10 @@ class Run:
         else:
             saving = stop or last or self.step % args.save_every == 0
             if saving or found is not None or self.step % args.log_every == 0:
-                self.log(lr=lr, **values, **(found or {}))
-                if (found or {}).get("score", -math.inf) > self.best:
-                    self.best = found["score"]
+                values |= found or {}
+                self.log(lr, **values)
+                if values.get("score", -math.inf) > self.best:
+                    self.best = values["score"]
                     self.save("best.pt")
             if saving:
                 self.save("last.pt")
@@ -799,8 +791,7 @@ def parse_command_line(method, description, tasks, of_model):
         model = settings | describe(weights, settings, given["init"])
         for name in ("size", "patch_size", "channels", "tubelet"):
             if given.get(name, model[name]) != model[name]:
-                raise UserError(f"--{name.replace('_', '-')} {given[name]} does not fit {given['init']}, which has "
-                                f"{model[name]}")
+                raise UserError(f"--{name.replace('_', '-')} {given[name]} does not fit {given['init']}: {model[name]}")
         # A published file has no settings: what its shapes do not tell is as in the paper.
         known = {name: model.get(name, flags[name].value) for name in of_model if name in flags} | given
 

@@ -37,7 +37,7 @@ import data
 from common import (CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, Block, Run, UserError, ViT, accuracy, cosine,
                     count, flag, height_x_width, join_processes, load_strictly, mix_seed, no_sync, number,
                     parameter_groups, parse_command_line, precision_of, read_weights, run_main, save_pictures, share,
-                    sincos_3d, take, train_classifier)
+                    sincos, take, train_classifier)
 
 MODEL = CHANNELS | dict(
     size=flag("large", "of the encoder", list(SIZES), demo="nano"),
@@ -222,7 +222,7 @@ class Predictor(nn.Module):
         super().__init__()
         self.predictor_embed = nn.Linear(dim, width)
         self.mask_tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, 1, width)) for _ in range(masks))
-        self.predictor_pos_embed = nn.Parameter(sincos_3d(width, grid)[None], requires_grad=False)
+        self.predictor_pos_embed = nn.Parameter(sincos(width, grid)[None], requires_grad=False)
         self.predictor_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, out_dim)
