@@ -14,7 +14,6 @@ import functools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -287,7 +286,7 @@ def describe(weights, settings, path):
     """The arguments of the ViT that `weights` belong to, read off names and shapes (settings: see `read_weights`)."""
     try:
         weights = encoder_of(weights)
-        groups = [w for name, w in weights.items() if re.fullmatch(r"patch_embed\.(\d+\.)?proj\.weight", name)]
+        groups = [w for name, w in weights.items() if name.startswith("patch_embed.") and name.endswith("proj.weight")]
         dim, channels, *tubelet, _, patch_size = groups[0].shape  # a tubelet if it is video
         channels = settings.get("channels") or sum(group.shape[1] for group in groups)  # groups of bands: SatMAE
         frames, tubelet = (settings.get("frames", 16), tubelet[0]) if tubelet else (1, 1)
@@ -443,7 +442,7 @@ class Run:
     def resume(self):
         """Go on with the run in --out, if there is one: the number of steps that it has done.
 
-        Instead of a broken last.pt previous.pt is used. A UserError if the run has other settings, unless --fresh.
+        A broken last.pt becomes last.broken.pt, and previous.pt is used. Other settings than now are a UserError.
         """
         args, out, step, broken = self.args, Path(self.args.out), 0, None
         fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # not again after a crash
