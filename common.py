@@ -505,7 +505,7 @@ class Run:
             saving = stop or last or self.step % args.save_every == 0
             if saving or found is not None or self.step % args.log_every == 0:
                 values |= found or {}
-                self.log(lr, **values)
+                self.log(lr=lr, **values)
                 if values.get("score", -math.inf) > self.best:
                     self.best = values["score"]
                     self.save("best.pt")
