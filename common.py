@@ -14,7 +14,6 @@ import functools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -46,17 +45,14 @@ SIZES = {  # width D, blocks, heads
 
 def patchify(images, patch_size):
     """(B, C, H, W) -> (B, L, P*P*C): patches in raster order, each flattened as (row, column, channel)."""
-    B, C, H, W = images.shape
-    P = patch_size
-    patches = images.reshape(B, C, H // P, P, W // P, P)
-    return patches.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // P) * (W // P), P * P * C)
+    patches = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, H/P, P, W/P, P)
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches, patch_size, grid):
     """The inverse of `patchify`: (B, L, P*P*C) -> (B, C, H, W), where grid = (H/P, W/P)."""
-    B, P, (rows, columns) = len(patches), patch_size, grid
-    images = patches.reshape(B, rows, columns, P, P, -1)
-    return images.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * P, columns * P)
+    images = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid)  # (B, H/P, W/P, P, P, C)
+    return images.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def take(x, ids):
@@ -78,117 +74,75 @@ def sincos_1d(dim, positions):
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def sincos_2d(dim, grid):
-    """Position table (L, dim) of a grid (rows, columns); dim is a multiple of 4.
-
-    The *column* is coded in the first half and the row in the second, as in the published MAE table.
-    """
-    row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    return torch.cat([sincos_1d(dim // 2, column.flatten()), sincos_1d(dim // 2, row.flatten())], dim=1).float()
-
-
-def sincos_3d(dim, grid):
-    """Position table (L, dim) of a grid (times, rows, columns).
-
-    Time, row and column get the same share of the vector, rounded up to an even number and cut to dim at the end
-    ("uniform_power" in the published V-JEPA configurations).
+def sincos(dim, grid):
+    """Position table (L, dim) of a grid ([times,] rows, columns): each axis gets an equal share of the vector, rounded
+    up to an even number, and all is cut to dim. As in the published code, an image's table begins with the *column*
+    (MAE), a clip's with the time (V-JEPA, "uniform_power").
     """
     axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-    share = math.ceil(dim / 6) * 2
+    axes, share = axes[::-1] if len(grid) == 2 else axes, 2 * math.ceil(dim / 2 / len(grid))
     return torch.cat([sincos_1d(share, axis.flatten()) for axis in axes], dim=1)[:, :dim].float()
 
 
 def resize_positions(table, old_grid, new_grid):
-    """Interpolate a position table (1, [1 +] L, D) to another grid: bicubic in space, linear in time.
-
-    A row for the class token, if there is one, stays as it is. Grids are (rows, columns) or (times, rows, columns).
+    """Interpolate a position table (1, [1 +] L, D) to another grid, ([times,] rows, columns): bicubic in space, linear
+    in time. The class token's row, if there is one, stays as it is.
     """
     if tuple(old_grid) == tuple(new_grid):
         return table
     extra, table = table.split([table.shape[1] - math.prod(old_grid), math.prod(old_grid)], dim=1)
     table = table.reshape(-1, *old_grid[-2:], table.shape[-1]).permute(0, 3, 1, 2)  # (times, D, rows, columns)
-    table = F.interpolate(table, size=tuple(new_grid[-2:]), mode="bicubic", align_corners=False)
-    if len(old_grid) == 3 and old_grid[0] != new_grid[0]:
-        by_place = table.permute(2, 3, 1, 0).flatten(0, 1)  # (rows*columns, D, times)
-        by_place = F.interpolate(by_place, size=new_grid[0], mode="linear", align_corners=False)
+    table = F.interpolate(table, size=tuple(new_grid[-2:]), mode="bicubic")
+    if len(old_grid) == 3:
+        by_place = F.interpolate(table.permute(2, 3, 1, 0).flatten(0, 1), size=new_grid[0], mode="linear")
         table = by_place.unflatten(0, tuple(new_grid[-2:])).permute(3, 2, 0, 1)
     return torch.cat([extra, table.permute(0, 2, 3, 1).reshape(1, -1, table.shape[1])], dim=1)
 
 
 class PatchEmbed(nn.Module):
-    """Linear projection of patches, or of tubelets (`tubelet` frames of a patch) where frames > 1.
-
-    (B, C, H, W) or (B, C, T, H, W) -> (B, L, D), in raster order with time first.
-    """
+    """Linear projection of patches, or of tubelets: (B, C, [T,] H, W) -> (B, L, D), in raster order, time first."""
 
     def __init__(self, patch_size, channels, dim, frames=1, tubelet=1):
         super().__init__()
-        if frames > 1:
-            kernel = (tubelet, patch_size, patch_size)
-            self.proj = nn.Conv3d(channels, dim, kernel_size=kernel, stride=kernel)
-        else:
-            self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+        conv, kernel = (nn.Conv3d, (tubelet, patch_size, patch_size)) if frames > 1 else (nn.Conv2d, patch_size)
+        self.proj = conv(channels, dim, kernel_size=kernel, stride=kernel)
 
     def forward(self, pixels):
         return self.proj(pixels).flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
+class Block(nn.Module):
+    """Pre-norm transformer block, (B, N, D) -> (B, N, D): self-attention, then two linear layers with a GELU between.
 
-    def __init__(self, dim, heads):
+    drop_path: the chance that a sample skips a branch (stochastic depth).
+    """
+
+    def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
         if dim % heads:
             raise UserError(f"a width of {dim} is not a multiple of {heads} attention heads")
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
-
-
-class MLP(nn.Module):
-    """Two linear layers with a GELU between them, (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block. `drop_path` is the chance that a sample skips a branch (stochastic depth)."""
-
-    def __init__(self, dim, heads, drop_path=0.0):
-        super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, 4 * dim)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
+        x = x + self.drop_path(self.attn["proj"](attended))
+        return x + self.drop_path(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
 
 
 class ViT(nn.Module):
     """Vision Transformer: the encoder of all three methods, and the classifier that fine-tuning makes of it.
 
-    size: a key of SIZES; image_size: pixels, an int or (H, W), a multiple of patch_size.
-    frames > 1 makes it a video model whose tokens span `tubelet` frames.
-    class_token: put a learned token before the patches; learned_positions: else the fixed sine-cosine table.
-    pool: "class" (final `norm`, then the class token, or where there is none the mean of the patch tokens) or "mean"
-    (mean of the patch tokens, then `fc_norm`).
-    num_classes: 0 returns the pooled features (B, D), else logits (B, num_classes).
+    size: a key of SIZES; image_size: an int or (H, W), pixels; frames > 1: a token spans `tubelet` frames of a clip.
+    class_token: there is one, before the patches; learned_positions: else they are the fixed sine-cosine table.
+    pool: "class" (`norm`, then the class token, or if there is none the mean of the patch tokens) or "mean" (the mean
+    of the patch tokens, then `fc_norm`). num_classes: 0 returns these features (B, D), else logits (B, num_classes).
     drop_path: rate of the last block; it rises linearly from 0 at the first.
     """
 
@@ -201,8 +155,7 @@ class ViT(nn.Module):
 
         self.patch_embed = PatchEmbed(patch_size, channels, dim, frames, tubelet)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
-        table = sincos_3d(dim, self.grid) if frames > 1 else sincos_2d(dim, self.grid)
-        table = F.pad(table, (0, 0, int(class_token), 0))[None]  # the class token's position is a row of zeros
+        table = F.pad(sincos(dim, self.grid), (0, 0, int(class_token), 0))[None]  # zeros for the class token
         self.pos_embed = nn.Parameter(table, requires_grad=learned_positions)
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / (depth - 1)) for i in range(depth))
         self.norm = nn.Identity() if pool == "mean" else nn.LayerNorm(dim, eps=1e-6)
@@ -244,25 +197,24 @@ class ViT(nn.Module):
 
     @classmethod
     def load(cls, path, **changes):
-        """Build a ViT from a checkpoint of ours or a published one, and load its weights.
+        """The ViT in a checkpoint of ours or a published one; a UserError if the file does not fit.
 
         The architecture is read off the file; `changes` overrides what a ViT takes, for instance num_classes=10,
-        pool="mean", drop_path=0.1 or image_size=(192, 256). Positions are interpolated to another size; a head, and
-        the norm before it, start anew where the file has none that fits. Raises UserError if the file does not fit.
+        pool="mean" or image_size=(192, 256). Positions are interpolated to another size; a head, and the norm before
+        it, start anew where the file has none that fits.
         """
         weights, settings = read_weights(path)
         old, weights = describe(weights, settings, path), encoder_of(weights)
         vit = cls(**{**old, **changes})
-        own = vit.state_dict()
+        own, after_blocks = vit.state_dict(), ("norm.", "fc_norm.", "head.")
         old_grid = grid_of(old["image_size"], old["patch_size"], old["frames"], old["tubelet"])
         weights["pos_embed"] = resize_positions(weights["pos_embed"], old_grid, vit.grid)
-        for name in [name for name in own if name.split(".")[0] in ("norm", "fc_norm", "head")]:
-            if name not in weights or weights[name].shape != own[name].shape:
-                weights[name] = own[name]
+        for name, new in own.items():
+            if name.startswith(after_blocks) and (name not in weights or weights[name].shape != new.shape):
+                weights[name] = new
         # A checkpoint of a whole method holds more than its encoder; everything that the encoder has must be there.
-        extra = ("decoder", "mask_token", "encoder_mask_token", "pred_head.", "norm.", "fc_norm.", "head.")
-        weights = {name: w for name, w in weights.items() if name in own or not name.startswith(extra)}
-        load_strictly(vit, weights, path)
+        extra = ("decoder", "mask_token", "encoder_mask_token", "pred_head.", *after_blocks)
+        load_strictly(vit, {k: w for k, w in weights.items() if k in own or not k.startswith(extra)}, path)
         return vit
 
 
@@ -286,11 +238,10 @@ def grid_of(image_size, patch_size, frames=1, tubelet=1):
 
 
 class UserError(Exception):
-    """Something that the user gave is wrong: `run_main` prints the sentence, without a traceback, and exits with 2."""
+    """Something that the user gave is wrong: `run_main` prints the sentence and exits with 2."""
 
 
-class BrokenCheckpoint(UserError):
-    """A checkpoint is damaged, or is none."""
+NETWORKS = ("encoder", "predictor", "target_encoder", "classifier")  # a published V-JEPA has a dictionary for each
 
 
 def read_checkpoint(path):
@@ -298,42 +249,28 @@ def read_checkpoint(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their arguments in one
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # the check sums, which torch.load leaves aside
-                if archive.testzip():
-                    raise ValueError("a wrong check sum")
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except (PermissionError, MemoryError) as error:
-        raise UserError(f"{path} could not be read: {error}") from None
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load leaves the check sums aside
+            raise ValueError("a wrong check sum")
+    except (FileNotFoundError, PermissionError, MemoryError) as error:
+        raise UserError(f"there is no checkpoint {path} that can be read: {error}") from None
     except Exception:  # a damaged file makes the reader fail in many ways
-        raise BrokenCheckpoint(f"{path} is broken or is not a checkpoint of tensors and plain values") from None
-    nested = ("model", "model_state", "encoder", "predictor", "target_encoder", "classifier")
+        raise UserError(f"{path} is broken or is not a checkpoint of tensors and plain values") from None
+    nested = ("model", "model_state", *NETWORKS)
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name, {}), dict) for name in nested):
         raise UserError(f"{path} holds no weights by name")
     return checkpoint
 
 
-PUBLISHED_NAMES = {  # parts of names in published files: ours
-    "module.": "", "backbone.": "",  # V-JEPA
-    "pred_head.transforms.0.0.": "pred_head.0.", "pred_head.projections.0.": "pred_head.1.",  # MaskFeat
-}
-
-
 def read_weights(path):
-    """(weights by name, settings of the run or {}) of a checkpoint of ours or a published one.
-
-    The weights are under "model" (ours, MAE), "model_state" (MaskFeat), or in a dictionary for each network (V-JEPA).
-    """
+    """(weights by name, settings of the run or {}) of a checkpoint of ours or a published one."""
     checkpoint = read_checkpoint(path)
-    weights = checkpoint.get("model", checkpoint.get("model_state", checkpoint))
-    networks = [name for name in ("encoder", "predictor", "target_encoder", "classifier") if name in checkpoint]
-    if networks:
-        weights = {f"{network}.{name}": w for network in networks for name, w in checkpoint[network].items()}
+    weights = checkpoint.get("model", checkpoint.get("model_state", checkpoint))  # ours and MAE's, MaskFeat's
+    if any(network in checkpoint for network in NETWORKS):
+        weights = {f"{part}.{name}": w for part in NETWORKS for name, w in checkpoint.get(part, {}).items()}
     named = {}
     for name, weight in weights.items():
-        for published, ours in PUBLISHED_NAMES.items():
-            name = name.replace(published, ours)
+        name = name.replace("module.", "").replace("backbone.", "")  # V-JEPA
+        name = name.replace("head.transforms.0.0.", "head.0.").replace("head.projections.0.", "head.1.")  # MaskFeat
         if not name.startswith("hogs."):  # fixed filters of the published MaskFeat
             named[name] = weight
     return named, checkpoint.get("settings", {})
@@ -341,17 +278,15 @@ def read_weights(path):
 
 def encoder_of(weights):
     """The weights of the encoder alone: of a V-JEPA its y-encoder, of a probe the encoder under it."""
-    for prefix in ("target_encoder.", "encoder."):
-        if any(name.startswith(prefix) for name in weights):
-            return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-    return weights
+    prefix = next((p for p in ("target_encoder.", "encoder.") if any(name.startswith(p) for name in weights)), "")
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
 def describe(weights, settings, path):
     """The arguments of the ViT that `weights` belong to, read off names and shapes (settings: see `read_weights`)."""
     try:
         weights = encoder_of(weights)
-        groups = [w for name, w in weights.items() if re.fullmatch(r"patch_embed\.(\d+\.)?proj\.weight", name)]
+        groups = [w for name, w in weights.items() if name.startswith("patch_embed.") and name.endswith("proj.weight")]
         dim, channels, *tubelet, _, patch_size = groups[0].shape  # a tubelet if it is video
         channels = settings.get("channels") or sum(group.shape[1] for group in groups)  # groups of bands: SatMAE
         frames, tubelet = (settings.get("frames", 16), tubelet[0]) if tubelet else (1, 1)
@@ -361,66 +296,46 @@ def describe(weights, settings, path):
         size = next(size for size, (width, blocks, _) in SIZES.items() if (width, blocks) == (dim, depth))
     except (KeyError, IndexError, AttributeError, ValueError, StopIteration):
         needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight")
-        lacks = [name for name in needed if name not in weights]
-        raise UserError(f"{path} is not a checkpoint of a Vision Transformer of a size known here: it "
-                        + (f"lacks {', '.join(lacks)} and " if lacks else "")
-                        + f"has {', '.join(list(weights)[:3]) or 'no weights'}") from None
-    return {
-        "size": size, "channels": channels, "patch_size": patch_size, "frames": frames, "tubelet": tubelet,
-        "class_token": class_token,
-        "image_size": settings.get("image_size") or patch_size * math.isqrt(patches),
-        "pool": "mean" if "fc_norm.weight" in weights else "class",
-        "num_classes": len(weights["head.weight"]) if "head.weight" in weights else 0,
-    }
+        lacks = "".join(f"lacks {name} and " for name in needed if name not in weights)
+        raise UserError(f"{path} is not a checkpoint of a Vision Transformer of a size known here: it {lacks}has "
+                        f"{', '.join(list(weights)[:3]) or 'no weights'}") from None
+    return {"size": size, "image_size": settings.get("image_size") or patch_size * math.isqrt(patches),
+            "patch_size": patch_size, "channels": channels, "frames": frames, "tubelet": tubelet,
+            "class_token": class_token, "pool": "mean" if "fc_norm.weight" in weights else "class",
+            "num_classes": len(weights.get("head.weight", ()))}
 
 
 def load_strictly(model, weights, path):
-    """Load every parameter, or raise a UserError that names the first missing and unexpected ones."""
+    """Load every parameter, or raise a UserError that names the first ones that do not fit."""
     own = model.state_dict()
-    missing = [name for name in own if name not in weights]
-    unexpected = [name for name in weights if name not in own]
-    misshaped = [name for name in own if name in weights and weights[name].shape != own[name].shape]
-    if missing or unexpected or misshaped:
-        faults = [(missing, "lacks"), (unexpected, "has the unexpected"), (misshaped, "has another shape for")]
+    faults = {"lacks": [name for name in own if name not in weights],
+              "has the unexpected": [name for name in weights if name not in own],
+              "has another shape for": [n for n in own if n in weights and weights[n].shape != own[n].shape]}
+    if any(faults.values()):
         raise UserError(f"{path} does not fit this model: it " + "; it ".join(
             f"{fault} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            for names, fault in faults if names))
+            for fault, names in faults.items() if names))
     model.load_state_dict(weights)
 
 
-# -------------------------------------------------------------------------------------------------- processes, seeds
+# -------------------------------------------------------------------------------- processes, seeds, schedule, optimizer
 
 
 def join_processes(args):
-    """Join the process group that torchrun's environment describes, or stay alone: args get `rank` and `processes`.
-
-    NCCL joins the GPUs, gloo the CPUs. Returns the device of this process.
-    """
+    """Join the other processes of torchrun, if there are any: the device of this one; args get `rank`, `processes`."""
     torch.backends.cudnn.allow_tf32 = False  # with --precision fp32, convolutions too are in float32
-    args.rank, args.processes = 0, 1
-    if "RANK" not in os.environ:
-        return torch.device(args.device)
-    store, args.rank, args.processes = next(dist.rendezvous("env://"))
-    # When torchrun starts all processes again after a crash, the store still has the addresses of the dead ones.
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    patience = datetime.timedelta(minutes=30)  # while rank 0 draws the picture and runs the probe
-    group = {"store": store, "rank": args.rank, "world_size": args.processes, "timeout": patience}
-    if args.device == "cpu":
-        dist.init_process_group("gloo", **group)
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **group)
+    args.rank, args.processes, device = 0, 1, torch.device(args.device)
+    if "RANK" in os.environ:
+        store, args.rank, args.processes = next(dist.rendezvous("env://"))
+        # When torchrun starts all processes again after a crash, the store still has the addresses of the dead ones.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        if args.device != "cpu":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        backend, of_gpu = ("gloo", None) if args.device == "cpu" else ("cpu:gloo,cuda:nccl", device)
+        dist.init_process_group(backend, store=store, rank=args.rank, world_size=args.processes, device_id=of_gpu,
+                                timeout=datetime.timedelta(minutes=30))  # for rank 0 to draw the picture and to probe
     return device
-
-
-def leave_processes():
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        # Before PyTorch 2.8 its destructor keeps Python locked while it waits for a thread of gloo, which may wait for
-        # Python to free the tensors of the last operation. Asleep, Python is not locked.
-        time.sleep(0.5)
-        dist.destroy_process_group()
 
 
 def sum_over_processes(tensor):
@@ -447,9 +362,6 @@ def no_sync(model, last):
     return contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
 
 
-# ------------------------------------------------------------------------------------------------ schedule, optimizer
-
-
 def cosine(step, steps, warmup, peak, final=0.0, start=0.0):
     """Linear warm-up from `start` to `peak` over `warmup` steps, then half a cosine to `final` at `steps`."""
     if step < warmup:
@@ -460,27 +372,21 @@ def cosine(step, steps, warmup, peak, final=0.0, start=0.0):
 def parameter_groups(model, weight_decay, layer_decay=1.0, no_decay=()):
     """Parameter groups for AdamW: no weight decay on 1-D parameters nor on those named in `no_decay`.
 
-    With layer_decay, the group of layer l has lr_scale = layer_decay^(depth + 1 - l): the embedding is layer 0, block i
-    is layer i + 1, what follows the blocks is layer depth + 1 (BEiT, arXiv 2106.08254). A step's learning rate is the
-    schedule's times lr_scale.
+    The learning rate of layer l is the schedule's times lr_scale = layer_decay^(depth + 1 - l): the embedding is layer
+    0, block i is layer i + 1, what follows the blocks is layer depth + 1 (BEiT, arXiv 2106.08254).
     """
     depth, groups = len(getattr(model, "encoder", model).blocks), {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        name = name.removeprefix("encoder.")
+        name, layer = name.removeprefix("encoder."), depth + 1
         if name.startswith(("patch_embed", "cls_token", "pos_embed")):
             layer = 0
         elif name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        else:
-            layer = depth + 1
-        scale = layer_decay ** (depth + 1 - layer)
-        decays = parameter.ndim > 1 and name not in no_decay
-        new = {"params": [], "lr_scale": scale, "weight_decay": weight_decay * decays, "decays": decays}
-        group = groups.setdefault((scale, decays), new)
-        group["params"].append(parameter)
-    return list(groups.values())
+        if parameter.requires_grad:
+            key = layer_decay ** (depth + 1 - layer), parameter.ndim > 1 and name not in no_decay
+            groups.setdefault(key, []).append(parameter)
+    return [{"params": parameters, "lr_scale": scale, "decays": decays, "weight_decay": weight_decay * decays}
+            for (scale, decays), parameters in groups.items()]
 
 
 # ------------------------------------------------------------------------------------------------------ a training run
@@ -506,74 +412,77 @@ class Run:
         self.settings = {name: getattr(args, name) for name in args.settings}
         if args.data and args.data != "cifar10":
             self.settings["data"] = str(Path(args.data).resolve())
-        self.best = -math.inf
+        self.best, self.signal, self.board = -math.inf, 0, None
         self.step = 0 if args.benchmark else self.resume()
-        self.time, self.step_at_time, self.signal, self.board = time.perf_counter(), self.step, 0, None
-        self.old_handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(initial=self.step, total=args.steps, unit="step", disable=args.rank > 0,
-                        mininterval=0.1 if sys.stderr.isatty() else 30)
+        self.time, self.step_at_time = time.perf_counter(), self.step
+        self.opened = contextlib.ExitStack()  # what `close` ends
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.opened.callback(signal.signal, number, signal.signal(number, self.note))  # gives it back
+        self.bar = self.opened.enter_context(tqdm(
+            initial=self.step, total=args.steps, unit="step", disable=args.rank > 0,
+            mininterval=0.1 if sys.stderr.isatty() else 30))
         if args.benchmark:
-            self.counting = contextlib.ExitStack()  # open during the first step
+            self.counting = self.opened.enter_context(contextlib.ExitStack())  # open during the first step
             self.counting.enter_context(torch.compiler.set_stance("force_eager"))
             self.counter = self.counting.enter_context(FlopCounterMode(display=False))
         elif args.rank == 0:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=self.step)
+                self.opened.callback(self.board.close)
 
     def note(self, number, frame):
         self.signal = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
+    def close(self):
+        self.opened.close()
+
     def resume(self):
         """Go on with the run in --out, if there is one: the number of steps that it has done.
 
-        A broken last.pt is put aside as last.broken.pt and previous.pt is used. A folder with a run of other settings
-        is left alone with a UserError, unless --fresh.
+        A broken last.pt becomes last.broken.pt, and previous.pt is used. Other settings than now are a UserError.
         """
-        args, out, step, broken = self.args, Path(self.args.out), 0, False
+        args, out, step, broken = self.args, Path(self.args.out), 0, None
         fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # not again after a crash
-        found = [] if fresh else [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
+        found = [path for path in (out / "last.pt", out / "previous.pt") if path.exists() and not fresh]
         if found:
             try:
                 checkpoint = read_checkpoint(found[0])
-            except BrokenCheckpoint as error:
-                if len(found) == 1:
+            except UserError as error:
+                broken, *found = found
+                if not found:
                     raise UserError(f"{error}, and there is no other to go on from: --fresh starts over") from None
                 if args.rank == 0:
-                    print(f"{error}: going on from {found[1]}", file=sys.stderr)
-                checkpoint, broken = read_checkpoint(found[1]), True
+                    print(f"{error}: going on from {found[0]}", file=sys.stderr)
+                checkpoint = read_checkpoint(found[0])
             old, new = checkpoint.get("settings", {}), self.settings
             changed = [f"{name} {old.get(name)} there, {new.get(name)} now" for name in {**old, **new}
                        if old.get(name) != new.get(name)]
             if changed:
                 raise UserError(f"{out} holds a run with other settings ({'; '.join(changed[:5])}): "
                                 "give another --out, or --fresh to start over")
-            load_strictly(self.model, checkpoint["model"], found[broken])
+            load_strictly(self.model, checkpoint["model"], found[0])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             if checkpoint["scaler"]:  # it is empty unless the run was in fp16
                 self.scaler.load_state_dict(checkpoint["scaler"])
-            step, before, now = checkpoint["step"], checkpoint["processes"], args.processes
-            if before != now and args.rank == 0:
-                print(f"so far {before} processes made this run, now {now}: sums round differently, and drop path, "
-                      "MixUp and CutMix are drawn by process", file=sys.stderr)
+            step, self.best, before = checkpoint["step"], checkpoint["best"], checkpoint["processes"]
+            if before != args.processes and args.rank == 0:
+                print(f"so far {before} processes made this run, now {args.processes}: sums round differently, and "
+                      "drop path, MixUp and CutMix are drawn by process", file=sys.stderr)
         out.mkdir(parents=True, exist_ok=True)
         if sum_over_processes(torch.tensor(step)) != step * args.processes:
-            raise UserError(f"not all processes see the same {out}/last.pt: --out must be a folder that all machines "
-                            "share")
+            raise UserError(f"not all processes see the same {out}/last.pt: --out must be on a disk that they share")
         if args.rank == 0:
-            for path in (out / "last.pt", out / "previous.pt", out / "best.pt") if fresh else ():
-                if path.exists():
+            for path in (out / "last.pt", out / "previous.pt", out / "best.pt"):
+                if fresh and path.exists():
                     os.replace(path, path.with_suffix(".old.pt"))
             if broken:
-                os.replace(found[0], out / "last.broken.pt")
-            lines = self.file.read_text().splitlines() if self.file.exists() else []
-            records = [json.loads(line) for line in lines if line.endswith("}")]
-            records = [record for record in records if record["step"] <= step]  # later ones are written anew
-            self.best = max((record["score"] for record in records if "score" in record), default=self.best)
-            text = "".join(json.dumps(record) + "\n" for record in records)
-            write_whole(self.file, lambda file: file.write(text.encode()))
+                os.replace(broken, out / "last.broken.pt")
+            lines = self.file.read_text().splitlines(True) if self.file.exists() else []
+            kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= step]  # others are written anew
+            write_whole(self.file, lambda file: file.write("".join(kept).encode()))
             print(f"step {step} of {args.steps} in {out}; "
                   + ", ".join(f"{name}={value}" for name, value in self.settings.items() if value is not None))
         return step
@@ -584,33 +493,37 @@ class Run:
         values: numbers for the log. found: results of a test at this step, logged at once; if its "score" is the
         highest so far, the checkpoint is best.pt too. In all processes it is None, or in none.
         """
-        self.step += 1
+        args, self.step = self.args, self.step + 1
         self.bar.update()
         stop = torch.tensor(self.signal)  # on the CPU, so no GPU is waited for
         if dist.is_initialized():
             dist.all_reduce(stop, dist.ReduceOp.MAX)
-        stop, last = int(stop), self.step == self.args.steps
-        if self.args.benchmark:
+        stop, last = int(stop), self.step == args.steps
+        if args.benchmark:
             self.time_step()
-            if stop or last:
-                self.leave(stop)
-            return
-        saving = stop or last or self.step % self.args.save_every == 0
-        if saving or found is not None or self.step % self.args.log_every == 0:
-            loss = self.mean_loss(lr)  # it ends the run before it is saved, if it is not finite
-            self.log(loss=loss, lr=lr, **values, **(found or {}))
-            if (found or {}).get("score", -math.inf) > self.best:
-                self.best = found["score"]
-                self.save("best.pt")
-        if saving:
-            self.save("last.pt")
-        if stop:
-            self.leave(stop)
+        else:
+            saving = stop or last or self.step % args.save_every == 0
+            if saving or found is not None or self.step % args.log_every == 0:
+                values |= found or {}
+                self.log(lr=lr, **values)
+                if values.get("score", -math.inf) > self.best:
+                    self.best = values["score"]
+                    self.save("best.pt")
+            if saving:
+                self.save("last.pt")
+        if stop or last and args.benchmark:
+            self.close()
+            sum_over_processes(torch.zeros(1))  # all wait until rank 0 is ready
+            if args.rank == 0 and stop and not args.benchmark:
+                print(f"stopped at step {self.step} by {signal.Signals(stop).name}; the same command, without --fresh, "
+                      f"goes on from {args.out}/last.pt", file=sys.stderr)
+            sys.exit(128 + stop if stop else 0)  # after a signal the exit code that a shell gives it
 
-    def mean_loss(self, lr):
-        """The mean, over all processes, of the losses since the last call; a UserError if one is not finite.
+    def log(self, lr, **values):
+        """Record at this step some numbers, and since the last record the mean loss and the samples per second.
 
-        In fp16 such steps were skipped and do not count, unless the scale has fallen so low that it cannot help.
+        A UserError if the loss of a step is not finite. In fp16 such steps were skipped and do not count, unless the
+        scale has fallen so low that it cannot help.
         """
         losses, self.losses = sum_over_processes(torch.stack(self.losses).float()) / self.args.processes, []
         bad = (~losses.isfinite()).nonzero().flatten()
@@ -618,13 +531,10 @@ class Run:
             step = self.step - (len(losses) - 1 - int(bad[0])) // self.args.accumulate
             raise UserError(f"the loss of step {step} is not finite, at a learning rate of about {lr:.2g}: "
                             "lower --base-lr, or use --precision bf16 or fp32")
-        return losses[losses.isfinite()].mean().item()
-
-    def log(self, **values):
-        """Record numbers at this step, with the speed since the last record in samples per second."""
         now = time.perf_counter()
         speed = (self.step - self.step_at_time) * self.args.batch_size / (now - self.time)
-        values[f"{self.unit}_per_second"] = round(speed, 1)
+        values = {"loss": losses[losses.isfinite()].mean().item(), "lr": lr, **values,
+                  f"{self.unit}_per_second": round(speed, 1)}
         self.step_at_time, self.time = self.step, now
         if self.args.rank == 0:
             self.bar.set_postfix({name.replace("_per_second", "/s"): f"{value:.4g}" for name, value in values.items()})
@@ -635,14 +545,10 @@ class Run:
                 self.board.add_scalar(name, value, self.step)
 
     def save(self, name):
-        """Rank 0 writes the checkpoint DIR/`name`; the last.pt of before is kept as previous.pt.
-
-        A UserError if it cannot: for last.pt in all processes, which all have to call this.
-        """
-        failure = None
+        """Rank 0 writes the checkpoint DIR/`name`; for last.pt all have to call this, and all get its UserError."""
+        failure, weights = None, self.model.state_dict()
         if self.args.rank == 0:
-            weights = self.model.state_dict()
-            checkpoint = {"settings": self.settings, "step": self.step, "model": weights,
+            checkpoint = {"settings": self.settings, "step": self.step, "best": self.best, "model": weights,
                           "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                           "processes": self.args.processes}
             try:
@@ -658,24 +564,23 @@ class Run:
     def time_step(self):
         """With --benchmark: time the steps after WARM_STEPS and print one line of JSON.
 
-        The floating-point operations of the matrix products and of attention, forward and backward (with its scores
-        computed once more), are counted in the first step, without torch.compile. The memory is that of the device, or
-        on a CPU of the whole process.
+        The operations of matrix products and attention, forward and backward, are counted in the first step, without
+        torch.compile. The memory is that of the device, or on a CPU of the whole process.
         """
-        args, cuda, processes = self.args, self.args.device == "cuda", self.args.processes
+        args, cuda = self.args, self.args.device == "cuda"
         if self.step == 1:
             self.counting.close()
-        if self.step in (WARM_STEPS, args.steps) and cuda:
-            torch.cuda.synchronize()
+        if self.step in (WARM_STEPS, args.steps):
+            torch.get_device_module(args.device).synchronize()
         if self.step == WARM_STEPS:
             self.time = time.perf_counter()
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
         if self.step == args.steps and args.rank == 0:
             seconds = (time.perf_counter() - self.time) / args.benchmark
-            flops = self.counter.get_total_flops() * processes
+            flops = self.counter.get_total_flops() * args.processes
             device = torch.cuda.get_device_name() if cuda and args.precision != "fp32" else ""
-            peak = PEAK_FLOPS.get(device, 0) * processes
+            peak = PEAK_FLOPS.get(device, 0) * args.processes
             if cuda:
                 memory = torch.cuda.max_memory_allocated()
             else:
@@ -685,30 +590,11 @@ class Run:
                 f"{self.unit}_per_second": round(args.batch_size / seconds, 2), "ms_per_step": round(1000 * seconds, 2),
                 "gflop_per_step": round(flops / 1e9, 3), "mfu": round(flops / seconds / peak, 3) if peak else None,
                 "peak_memory_gib": round(memory / 2 ** 30, 2), "precision": args.precision, "compile": args.compile,
-                "processes": processes}))
-
-    def close(self):
-        self.bar.close()
-        if self.board:
-            self.board.close()
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
-
-    def leave(self, stop):
-        """End all processes, after a signal with the exit code that a shell gives it."""
-        self.close()
-        if self.args.benchmark:
-            self.counting.close()
-        sum_over_processes(torch.zeros(1))  # all wait until rank 0 has saved
-        if self.args.rank == 0 and stop and not self.args.benchmark:
-            print(f"stopped at step {self.step} by {signal.Signals(stop).name}; the same command, without --fresh, "
-                  f"goes on from {self.args.out}/last.pt", file=sys.stderr)
-        leave_processes()
-        sys.exit(128 + stop if stop else 0)
+                "processes": args.processes}))
 
 
 def write_whole(path, write):
-    """Fill a file by `write(file)` under another name, then rename it: under its own it is whole at every moment."""
+    """Fill a file by `write(file)` under another name, then rename it: under its own it is always whole."""
     partial = path.with_suffix(".partial")
     try:
         with open(partial, "wb") as file:
@@ -732,9 +618,6 @@ def save_pictures(columns, out, name):
     picture = make_grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns), padding=4, pad_value=1.0)
     save_image(picture, Path(out, name))
     print(f"picture {Path(out, name)}")
-
-
-# -------------------------------------------------------------------------------------------- training with labels
 
 
 def train_classifier(args, model, optimizer, schedule, batches, test, mix=None):
@@ -770,7 +653,6 @@ def train_classifier(args, model, optimizer, schedule, batches, test, mix=None):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-
         last = step + 1 == args.steps
         run.step_done(lr, test(last) if last or (step + 1) % args.steps_per_epoch == 0 else None)
     run.close()
@@ -780,10 +662,7 @@ def train_classifier(args, model, optimizer, schedule, batches, test, mix=None):
 
 @torch.no_grad()
 def accuracy(args, model, batches, last):
-    """{"top1", "top5"}, in percent, over the batches of all processes; samples with the label -1 do not count.
-
-    last: print it, as the result of a run.
-    """
+    """{"top1", "top5"}, in percent, of all processes' samples, but those with the label -1. last: print it too."""
     model.eval()
     for buffer in model.buffers() if args.processes > 1 else ():  # BatchNorm's statistics: those of the checkpoint
         dist.broadcast(buffer, 0)
@@ -819,10 +698,8 @@ share = functools.partial(number, most=1)
 
 def height_x_width(text):
     """'224' -> 224, '192x256' -> (192, 256)."""
-    height, *width = (count(side) for side in text.lower().split("x"))
-    if len(width) > 1:
-        raise ValueError(text)
-    return (height, *width) if width else height
+    sides = text.lower().split("x")
+    return tuple(count(side) for side in sides) if len(sides) == 2 else count(text)
 
 
 def flag(value, text, kind=None, **others):
@@ -831,18 +708,24 @@ def flag(value, text, kind=None, **others):
     or in that of video, `demo_video`.
     """
     kind = kind or {int: count, float: number}.get(type(value), type(value))
-    return argparse.Namespace(value=value, text=text, kind=kind, others=others)
+    options = {"choices": kind} if isinstance(kind, list) else {
+        bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "+", "type": float}}.get(kind, {"type": kind})
+    values = ", ".join(f"{key} {x}" for key, x in {"default": value, **others}.items() if x is not None)
+    options["help"] = (f"{text} ({values})" if values else text).replace("%", "%%")
+    return argparse.Namespace(value=value, others=others, options=options)
 
 
+DEVICES = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]  # the best first
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 MACHINE = dict(  # where and how a run is made: no settings, so a run goes on although they change
     recipe=flag(None, "values of flags that are not given (default: paper with --data, else demo)", ["paper", "demo"]),
     out=flag(None, "folder of the run (default: runs/METHOD, or runs/METHOD-TASK)", str),
     fresh=flag(False, "start over in --out instead of going on with the run in it"),
-    device=flag(None, "where to compute (default: the best there is)", ["cuda", "cpu", "mps"]),
-    precision=flag(None, "of the products (default: bf16 on CUDA, fp16 where it has none; else fp32)",
-                   ["bf16", "fp16", "fp32"]),
+    device=flag(DEVICES[0], "where to compute, of what this machine has", DEVICES),
+    precision=flag(None, "of products (default: bf16 on CUDA, or else fp16; on others fp32)", ["bf16", "fp16", "fp32"]),
     compile=flag(None, "use torch.compile (default: on CUDA)", bool),
-    workers=flag(None, "data loading processes per GPU (default: the CPU cores, 16 at most)", whole),
+    workers=flag(min(16, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
+                 "data loading processes per GPU", whole),
     accumulate=flag(1, "passes that the batch of each GPU is split into, to save memory"),
     log_every=flag(50, "steps between two lines of log.jsonl", demo=20),
     save_every=flag(1000, "steps between two checkpoints", demo=300),
@@ -892,12 +775,7 @@ def parse_command_line(method, description, tasks, of_model):
     parser = argparse.ArgumentParser(f"{method}.py {task}", usage="%(prog)s [flags]", description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for name, flag in flags.items():
-        options = {"action": argparse.BooleanOptionalAction} if flag.kind is bool else {"nargs": "+", "type": float} \
-            if flag.kind is list else {"choices": flag.kind} if isinstance(flag.kind, list) else {"type": flag.kind}
-        values = ", ".join(f"{key} {value}" for key, value in {"default": flag.value, **flag.others}.items()
-                           if value is not None)
-        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **options,
-                            help=(f"{flag.text} ({values})" if values else flag.text).replace("%", "%%"))
+        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **flag.options)
 
     def fail(message):
         raise UserError(f"{message} (see {parser.prog} --help)")
@@ -906,27 +784,24 @@ def parse_command_line(method, description, tasks, of_model):
     if "init" not in given and (task == "show" or given.get("eval_only")):
         raise UserError(f"{task}{' --eval-only' * (task != 'show')} needs --init, a checkpoint")
 
-    known = {}
+    known = given
     if "init" in given:
         weights, settings = read_weights(given["init"])
-        model = describe(weights, settings, given["init"])
+        model = settings | describe(weights, settings, given["init"])
         for name in ("size", "patch_size", "channels", "tubelet"):
             if given.get(name, model[name]) != model[name]:
-                raise UserError(f"--{name.replace('_', '-')} {given[name]} does not fit {given['init']}, which has "
-                                f"{model[name]}")
+                raise UserError(f"--{name.replace('_', '-')} {given[name]} does not fit {given['init']}: {model[name]}")
         # A published file has no settings: what its shapes do not tell is as in the paper.
-        known = {name: {**(settings or {name: flags[name].value}), **model}.get(name, flags[name].value)
-                 for name in of_model if name in flags}
+        known = {name: model.get(name, flags[name].value) for name in of_model if name in flags} | given
 
-    def in_recipe(name, *keys):
-        return next((flags[name].others[key] for key in keys if key in flags[name].others), flags[name].value)
+    def value(name, *keys):
+        of_recipe = flags[name].others
+        return known.get(name, next((of_recipe[key] for key in keys if key in of_recipe), flags[name].value))
 
     demo = ["demo"] if given.get("recipe", "paper" if "data" in given else "demo") == "demo" else []
-    values = {name: in_recipe(name, *demo) for name in ("size", "frames") if name in flags} | known | given
-    video = ["video"] if values.get("frames", 1) > 1 else []
-    keys = [*(["demo_video"] if demo and video else []), *demo, *video, values["size"]]
-    args = argparse.Namespace(task=task, settings=list(recipe), **{
-        name: values[name] if name in values else in_recipe(name, *keys) for name in flags})
+    video = ["video"] if "frames" in flags and value("frames", *demo) > 1 else []
+    keys = [*(["demo_video"] if demo and video else []), *demo, *video, value("size", *demo)]
+    args = argparse.Namespace(task=task, settings=list(recipe), **{name: value(name, *keys) for name in flags})
     if "epochs" in given and "steps" not in given:
         args.steps = None
     if args.benchmark:
@@ -934,26 +809,21 @@ def parse_command_line(method, description, tasks, of_model):
             raise UserError("--benchmark is for pretrain")
         args.steps = WARM_STEPS + args.benchmark
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    args.device = args.device or next(device for device in there if there[device])
-    if not there[args.device]:
-        raise UserError(f"this machine has no device {args.device}")
     cuda = args.device == "cuda"
     if args.precision is None:
         args.precision = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     args.compile = cuda if args.compile is None else args.compile
-    if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     args.out = args.out or f"runs/{method}" + (f"-{task}" if task != "pretrain" else "")
     return args
 
 
 def run_main(main):
     """Run a script's `main`; what the user got wrong is one sentence on stderr and exit code 2."""
+    code = 0
     try:
         main()
-        leave_processes()
+    except SystemExit as end:  # after --help, a benchmark or a signal
+        code = end.code
     except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # where rank 0 says the same, torchrun ends the others before they repeat it
@@ -962,3 +832,9 @@ def run_main(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    if dist.is_initialized():
+        # Before PyTorch 2.8 its destructor keeps Python locked while it waits for a thread of gloo, which may wait for
+        # Python to free the tensors of the last operation. Asleep, Python is not locked.
+        time.sleep(0.5)
+        dist.destroy_process_group()
+    sys.exit(code)

@@ -32,7 +32,7 @@ import data
 from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, Block, PatchEmbed, Run, UserError,
                     ViT, accuracy, cosine, describe, flag, grid_of, height_x_width, join_processes, load_strictly,
                     mix_seed, no_sync, parameter_groups, parse_command_line, patchify, precision_of, put, read_weights,
-                    run_main, save_pictures, share, sincos_1d, sincos_2d, take, train_classifier, unpatchify)
+                    run_main, save_pictures, share, sincos, sincos_1d, take, train_classifier, unpatchify)
 
 MODEL = CHANNELS | dict(
     size=flag("base", "of the encoder", list(SIZES), demo="nano"),
@@ -148,7 +148,7 @@ class MAE(ViT):
         self.decoder_embed = nn.Linear(self.dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, self.dim)) if encode_mask_tokens else None
-        table = F.pad(sincos_2d(decoder_dim, self.grid), (0, 0, 1, 0))  # zeros for the class token
+        table = F.pad(sincos(decoder_dim, self.grid), (0, 0, 1, 0))  # zeros for the class token
         self.decoder_pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
@@ -238,7 +238,7 @@ class SatelliteViT(ViT):
         self.bands, self.slices = bands, len(bands) if bands else dates
         self.date_width = min(128, self.dim // 24 * 4)  # the published widths, where the model is wide enough
         width = min(256, self.dim // 2) if bands else 3 * self.date_width
-        self.pos_embed = fixed(F.pad(sincos_2d(self.dim - width, self.grid), (0, 0, 1, 0)))
+        self.pos_embed = fixed(F.pad(sincos(self.dim - width, self.grid), (0, 0, 1, 0)))
         if bands:
             self.channel_embed = fixed(sincos_1d(width, torch.arange(len(bands))))
             self.patch_embed = nn.ModuleList(PatchEmbed(self.patch_size, len(group), self.dim) for group in bands)
@@ -286,7 +286,7 @@ class SatMAE(SatelliteViT, MAE):
         decoder_dim = self.decoder_embed.out_features
         self.decoder_date_width = min(64, decoder_dim // 24 * 4)
         width = min(128, decoder_dim // 2) if bands else 3 * self.decoder_date_width
-        self.decoder_pos_embed = fixed(F.pad(sincos_2d(decoder_dim - width, self.grid), (0, 0, 1, 0)))
+        self.decoder_pos_embed = fixed(F.pad(sincos(decoder_dim - width, self.grid), (0, 0, 1, 0)))
         if bands:
             self.decoder_channel_embed = fixed(sincos_1d(width, torch.arange(len(bands) + 1)))  # the last: class token
             self.decoder_pred = nn.ModuleList(nn.Linear(decoder_dim, len(group) * self.patch_size ** 2)

@@ -148,20 +148,20 @@ def test_patchify_orders_by_row_column_channel_and_comes_back():
 
 
 def test_sincos_positions_against_numbers_by_hand():
-    table = common.sincos_2d(8, (2, 3))
+    table = common.sincos(8, (2, 3))
     assert table.shape == (6, 8)
     # Row 1, column 2. Width 8: 4 numbers for the column, then 4 for the row, with the frequencies 1 and 1/100.
     by_hand = [math.sin(2), math.sin(0.02), math.cos(2), math.cos(0.02),
                math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)]
     assert torch.allclose(table[5], torch.tensor(by_hand), atol=1e-7)
 
-    table = common.sincos_3d(16, (2, 2, 3))  # 6 numbers for each of time, row, column, cut to 16
+    table = common.sincos(16, (2, 2, 3))  # 6 numbers for each of time, row, column, cut to 16
     code = lambda x: [f(x / 10000 ** (i / 3)) for f in (math.sin, math.cos) for i in range(3)]
     assert torch.allclose(table[11], torch.tensor((code(1) + code(1) + code(2))[:16]), atol=1e-7)
 
 
 def test_positions_are_interpolated_and_the_class_row_is_kept():
-    table = F.pad(common.sincos_2d(16, (4, 4)), (0, 0, 1, 0))[None]
+    table = F.pad(common.sincos(16, (4, 4)), (0, 0, 1, 0))[None]
     assert common.resize_positions(table, (4, 4), (4, 4)) is table
     larger = common.resize_positions(table, (4, 4), (6, 8))
     assert larger.shape == (1, 49, 16) and torch.equal(larger[:, 0], table[:, 0])
@@ -726,7 +726,7 @@ def test_satmae_encoder_never_sees_a_hidden_token():
 def test_positions_end_with_the_code_of_group_or_date():
     model = tiny_satmae(bands=GROUPS)
     positions = mae.positions_of_slices(model.pos_embed, model.channel_embed).view(3, 16, 128)
-    assert torch.equal(positions[1, :, :64], common.sincos_2d(64, (4, 4)))
+    assert torch.equal(positions[1, :, :64], common.sincos(64, (4, 4)))
     assert torch.equal(positions[2, 5, 64:], common.sincos_1d(64, torch.tensor([2]))[0].float())
     images, stamps = series()
     codes = mae.codes_of_stamps(stamps, 20)

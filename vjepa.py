@@ -34,10 +34,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from common import (CHANNELS, CLASSIFICATION, INPUT, MLP, SIZES, TRAINING, Block, Run, UserError, ViT, accuracy, cosine,
+from common import (CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, Block, Run, UserError, ViT, accuracy, cosine,
                     count, flag, height_x_width, join_processes, load_strictly, mix_seed, no_sync, number,
                     parameter_groups, parse_command_line, precision_of, read_weights, run_main, save_pictures, share,
-                    sincos_3d, take, train_classifier)
+                    sincos, take, train_classifier)
 
 MODEL = CHANNELS | dict(
     size=flag("large", "of the encoder", list(SIZES), demo="nano"),
@@ -222,7 +222,7 @@ class Predictor(nn.Module):
         super().__init__()
         self.predictor_embed = nn.Linear(dim, width)
         self.mask_tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, 1, width)) for _ in range(masks))
-        self.predictor_pos_embed = nn.Parameter(sincos_3d(width, grid)[None], requires_grad=False)
+        self.predictor_pos_embed = nn.Parameter(sincos(width, grid)[None], requires_grad=False)
         self.predictor_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, out_dim)
@@ -252,7 +252,7 @@ class VJEPA(nn.Module):
         self.encoder = ViT(size, image_size, patch_size, channels, frames, tubelet, class_token=False)
         self.target, self.tubelet = target, tubelet
         pixels = channels * tubelet * patch_size ** 2
-        dim, heads = self.encoder.dim, self.encoder.blocks[0].attn.heads
+        dim, heads = self.encoder.dim, self.encoder.blocks[0].heads
         self.predictor = Predictor(self.encoder.grid, dim, heads, predictor_dim, predictor_depth, masks,
                                    dim if target == "latent" else pixels)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False).eval()
@@ -402,8 +402,9 @@ class AttentiveClassifier(nn.Module):
         self.pooler.query_tokens = nn.Parameter(torch.zeros(1, 1, dim))
         attention = nn.ModuleDict({"q": nn.Linear(dim, dim), "kv": nn.Linear(dim, 2 * dim), "proj": nn.Linear(dim, dim)})
         attention["proj"].requires_grad_(False)  # the published probe has it and never uses it
+        mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
         self.pooler.cross_attention_block = nn.ModuleDict({
-            "norm1": nn.LayerNorm(dim), "xattn": attention, "norm2": nn.LayerNorm(dim), "mlp": MLP(dim, 4 * dim)})
+            "norm1": nn.LayerNorm(dim), "xattn": attention, "norm2": nn.LayerNorm(dim), "mlp": mlp})
         initialise(self)
         nn.init.trunc_normal_(self.pooler.query_tokens, std=0.02)
         with torch.no_grad():
@@ -415,7 +416,7 @@ class AttentiveClassifier(nn.Module):
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (  # each (B, heads, 1 or N, D/heads)
             block["xattn"]["q"](query), *block["xattn"]["kv"](block["norm1"](x)).chunk(2, dim=-1)))
         query = query + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        query = query + block["mlp"](block["norm2"](query))
+        query = query + block["mlp"].fc2(F.gelu(block["mlp"].fc1(block["norm2"](query))))
         return self.linear(query[:, 0])
 
 
@@ -425,7 +426,7 @@ class Classifier(nn.Module):
     def __init__(self, encoder, classes):
         super().__init__()
         self.encoder = encoder
-        self.classifier = AttentiveClassifier(encoder.dim, encoder.blocks[0].attn.heads, classes)
+        self.classifier = AttentiveClassifier(encoder.dim, encoder.blocks[0].heads, classes)
 
     def forward(self, clips):
         """Clips (B, views, segments, C, T, H, W) -> logits (B, classes).
