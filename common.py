@@ -162,10 +162,7 @@ class ViT(nn.Module):
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
 
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        initialise(self)
         for token in (self.cls_token, self.pos_embed):
             if token is not None and token.requires_grad:
                 nn.init.trunc_normal_(token, std=0.02)
@@ -216,6 +213,14 @@ class ViT(nn.Module):
         extra = ("decoder", "mask_token", "encoder_mask_token", "pred_head.", *after_blocks)
         load_strictly(vit, {k: w for k, w in weights.items() if k in own or not k.startswith(extra)}, path)
         return vit
+
+
+def initialise(module):
+    """Linear layers and convolutions: truncated normal of deviation 0.02, zero biases."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
 
 
 def height_and_width(image_size):
@@ -316,6 +321,29 @@ def load_strictly(model, weights, path):
             f"{fault} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             for fault, names in faults.items() if names))
     model.load_state_dict(weights)
+
+
+def load_model(model, args, new):
+    """Load --init into a whole model, strictly, but for position tables of another size: learned ones are interpolated.
+
+    new: how the names of parts begin that an encoder alone lacks. They start anew, and a line says so.
+    """
+    weights, settings = read_weights(args.init)
+    own, encoder = model.state_dict(), encoder_of(weights)
+    if not any(name.startswith(new[0]) for name in weights):
+        if args.task == "show":
+            raise UserError(f"{args.init} holds an encoder alone: show needs a whole model, such as last.pt")
+        if args.rank == 0:
+            print(f"{args.init} holds an encoder alone: the rest of the model starts anew")
+        weights = {name: weight for name, weight in own.items() if name.startswith(new)}
+        in_file = {name: name.removeprefix("target_").removeprefix("encoder.") for name in own}
+        weights |= {name: encoder[key] for name, key in in_file.items() if key in encoder and not name.startswith(new)}
+    old = describe(weights, settings, args.init)
+    old_grid = grid_of(old["image_size"], old["patch_size"], old["frames"], old["tubelet"])
+    for name, table in model.named_parameters():
+        if name.endswith("pos_embed") and name in weights and weights[name].shape != table.shape:
+            weights[name] = resize_positions(weights[name], old_grid, model.grid) if table.requires_grad else table
+    load_strictly(model, weights, args.init)
 
 
 # -------------------------------------------------------------------------------- processes, seeds, schedule, optimizer
@@ -438,6 +466,9 @@ class Run:
 
     def close(self):
         self.opened.close()
+        if self.args.rank == 0 and self.step == self.args.steps and not self.args.benchmark:
+            best = f", the best {self.args.out}/best.pt" if self.best > -math.inf else ""
+            print(f"checkpoint {self.args.out}/last.pt{best}, log {self.file}")
 
     def resume(self):
         """Go on with the run in --out, if there is one: the number of steps that it has done.
@@ -656,8 +687,6 @@ def train_classifier(args, model, optimizer, schedule, batches, test, mix=None):
         last = step + 1 == args.steps
         run.step_done(lr, test(last) if last or (step + 1) % args.steps_per_epoch == 0 else None)
     run.close()
-    if args.rank == 0:
-        print(f"checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
 
 
 @torch.no_grad()

@@ -30,9 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, Block, PatchEmbed, Run, UserError,
-                    ViT, accuracy, cosine, describe, flag, grid_of, height_x_width, join_processes, load_strictly,
-                    mix_seed, no_sync, parameter_groups, parse_command_line, patchify, precision_of, put, read_weights,
-                    run_main, save_pictures, share, sincos, sincos_1d, take, train_classifier, unpatchify)
+                    ViT, accuracy, cosine, describe, flag, grid_of, height_x_width, join_processes, load_model,
+                    load_strictly, mix_seed, no_sync, parameter_groups, parse_command_line, patchify, precision_of, put,
+                    read_weights, run_main, save_pictures, share, sincos, sincos_1d, take, train_classifier, unpatchify)
 
 MODEL = CHANNELS | dict(
     size=flag("base", "of the encoder", list(SIZES), demo="nano"),
@@ -385,14 +385,7 @@ def new_model(args):
     else:
         model = MAE(*shape, args.encode_mask_tokens)
     if args.init:
-        weights, _ = read_weights(args.init)
-        if "decoder_embed.weight" not in weights:
-            raise UserError(f"{args.init} holds no decoder: {args.task} needs a whole MAE, such as "
-                            "mae_visualize_vit_base.pth or a last.pt of pre-training")
-        for name in ("pos_embed", "decoder_pos_embed"):
-            if name in weights and weights[name].shape != getattr(model, name).shape:
-                weights[name] = getattr(model, name)  # another image size: the fixed table of that size
-        load_strictly(model, weights, args.init)
+        load_model(model, args, new=("decoder_", "mask_token"))
     return model
 
 

@@ -31,9 +31,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import data
 from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, Run, UserError, ViT, accuracy,
-                    cosine, describe, flag, grid_of, height_x_width, join_processes, load_strictly, mix_seed, no_sync,
-                    parameter_groups, parse_command_line, patchify, precision_of, put, read_weights, resize_positions,
-                    run_main, save_pictures, share, take, train_classifier, unpatchify)
+                    cosine, flag, grid_of, height_x_width, join_processes, load_model, load_strictly, mix_seed, no_sync,
+                    parameter_groups, parse_command_line, patchify, precision_of, put, read_weights, run_main,
+                    save_pictures, share, take, train_classifier, unpatchify)
 
 # The values for video are those published for MViTv2, of which our ViT takes the place.
 MODEL = CHANNELS | dict(
@@ -251,11 +251,7 @@ def new_model(args):
     model = MaskFeat(args.size, args.image_size, args.patch_size, args.channels, args.frames, args.tubelet,
                      args.target, args.cell)
     if args.init:
-        weights, settings = read_weights(args.init)
-        old = describe(weights, settings, args.init)
-        old_grid = grid_of(old["image_size"], old["patch_size"], old["frames"], old["tubelet"])
-        weights["pos_embed"] = resize_positions(weights["pos_embed"], old_grid, model.grid)
-        load_strictly(model, weights, args.init)
+        load_model(model, args, new=("pred_head.", "mask_token"))
     return model
 
 

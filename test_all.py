@@ -579,9 +579,25 @@ def test_published_mae_files(folder, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "show/reconstruction.png").exists()
     main(monkeypatch, "finetune", "--eval-only", "--init", tuned, "--data", folder, "--workers", 0, "--device", "cpu")
     assert "of 12 validation samples" in capsys.readouterr().out
-    for arguments in (["show", "--image", image], ["pretrain", "--steps", 1]):
-        with pytest.raises(common.UserError, match="mae_pretrain_vit_nano.pth holds no decoder"):
-            main(monkeypatch, *arguments, "--init", encoder, "--out", tmp_path / "none")
+    with pytest.raises(common.UserError, match="mae_pretrain_vit_nano.pth holds an encoder alone: show needs"):
+        main(monkeypatch, "show", "--image", image, "--init", encoder, "--out", tmp_path / "none")
+
+
+@pytest.mark.parametrize("method, where, kernel, tokens", [
+    (mae, "folder", (8, 8), 17), (maskfeat, "folder", (8, 8), 17), (vjepa, "videos", (2, 8, 8), 128)])
+def test_pretraining_goes_on_from_an_encoder_alone(method, where, kernel, tokens, request, tmp_path, monkeypatch, capsys):
+    """Its weights are taken, the rest is that of a new model; of V-JEPA, the y-encoder is a copy."""
+    weights = filled(vit_table(kernel=kernel, tokens=tokens))
+    torch.save({"target_encoder" if method is vjepa else "model": weights}, tmp_path / "encoder.pth")
+    monkeypatch.setattr(data, "print_probe", lambda *_: None)
+    main(monkeypatch, "--data", request.getfixturevalue(where), "--init", tmp_path / "encoder.pth", "--recipe", "demo",
+         "--batch-size", 4, "--base-lr", 0, "--steps", 1, "--workers", 0, "--device", "cpu", "--out", tmp_path / "run",
+         method=method)
+    assert "encoder.pth holds an encoder alone" in capsys.readouterr().out
+    after = common.read_weights(tmp_path / "run/last.pt")[0]
+    for name in ("blocks.2.mlp.fc1.weight", "patch_embed.proj.bias"):
+        for part in ("encoder.", "target_encoder.") if method is vjepa else ("",):
+            assert torch.allclose(after[part + name], weights[name], atol=1e-6)
 
 
 def test_published_vjepa_files(videos, tmp_path, monkeypatch, capsys):

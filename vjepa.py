@@ -35,9 +35,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from common import (CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, Block, Run, UserError, ViT, accuracy, cosine,
-                    count, flag, height_x_width, join_processes, load_strictly, mix_seed, no_sync, number,
-                    parameter_groups, parse_command_line, precision_of, read_weights, run_main, save_pictures, share,
-                    sincos, take, train_classifier)
+                    count, flag, height_x_width, initialise, join_processes, load_model, load_strictly, mix_seed,
+                    no_sync, number, parameter_groups, parse_command_line, precision_of, read_weights, run_main,
+                    save_pictures, share, sincos, take, train_classifier)
 
 MODEL = CHANNELS | dict(
     size=flag("large", "of the encoder", list(SIZES), demo="nano"),
@@ -204,14 +204,6 @@ def draw_masks(args, grid, step, rows, device):
 # -------------------------------------------------------------------------------------------------------------- model
 
 
-def initialise(module):
-    """Linear layers: truncated normal of deviation 0.02, zero biases."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-
-
 class Predictor(nn.Module):
     """A narrow ViT that predicts the features at the targets from those of the context.
 
@@ -302,7 +294,7 @@ def new_model(args):
         raise UserError(f"--masking {args.masking} hides none of the {math.prod(model.encoder.grid[1:])} patches of a "
                         "frame: the image is too small for its blocks, or --mask-ratio too low")
     if args.init:
-        load_strictly(model, read_weights(args.init)[0], args.init)
+        load_model(model, args, new=("predictor.",))
     return model
 
 
