@@ -547,15 +547,19 @@ def loader(samples, batches, args, device):
     only place where that is done.
     """
     largest, mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (255.0, args.mean, args.std))
-    for pixels, *rest in DataLoader(samples, batch_sampler=batches, num_workers=args.workers, collate_fn=stack,
-                                    pin_memory=device.type == "cuda", worker_init_fn=ignore_signals):
+
+    def to_device(batch):
+        pixels, *rest = (x.to(device, non_blocking=True) for x in batch)
         is_bytes = pixels.dtype == torch.uint8
-        pixels = pixels.to(device, non_blocking=True)
         pixels = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if is_bytes:  # by a tensor, since CUDA multiplies by 1 / 255 where it is a number, and HOG sees the last bit
             pixels.div_(largest)
         shape = (-1, 1, 1) if pixels.ndim == 4 else (-1, 1, 1, 1)  # of time too
-        yield pixels.sub_(mean.view(shape)).div_(std.view(shape)), *(x.to(device, non_blocking=True) for x in rest)
+        return pixels.sub_(mean.view(shape)).div_(std.view(shape)), *rest
+    # Not a generator: the workers start, and torch draws their seed, here and not at the first batch.
+    return map(to_device, DataLoader(
+        samples, batch_sampler=batches, num_workers=args.workers, collate_fn=stack, pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals))
 
 
 def examples(samples, indices, args, device):
