@@ -1,13 +1,14 @@
 """Images and clips in, batches out: the photographs that ship with scikit-image, folders of images or videos, CIFAR-10.
 
-A *source* is a map-style dataset of (pixels, label): a PIL image; floats (C, H, W) in [0, 1] where there are not 1 or 3
-channels; clips of a video, bytes (segments, T, C, H, W); or a series of images of a place, floats (dates, C, H, W), and
-as a third item its stamps (dates, 3): years since 2002, months and hours from 0. `Samples` adds the augmentation,
-`step_batches` decides which samples make up which step. Every draw of a sample has its own seed, so what a step sees
-depends on (seed, step) alone: not on the number of workers or processes, nor on whether the run was interrupted.
-A batch on the device is normalised: images (B, C, H, W), series (B, C, dates, H, W), and clips always (B, views,
-segments, C, T, H, W), where segments are parts of the time of a video and views parts of its frames.
+A *source* is a dataset of (pixels, label): a PIL image; floats (C, H, W) in [0, 1] where there are not 1 or 3 channels;
+clips of a video, bytes (segments, T, C, H, W); or a series of images of a place, floats (dates, C, H, W), and as a third
+item its stamps (dates, 3): years since 2002, months and hours from 0. `Samples` adds the augmentation, `step_batches`
+decides which samples make up which step. Every draw of a sample has its own seed, so what a step sees depends on
+(seed, step) alone: not on the number of workers or processes, nor on whether the run was interrupted. A batch on the
+device is normalised: images (B, C, H, W), series (B, C, dates, H, W), and clips always (B, views, segments, C, T, H, W),
+where segments are parts of the time of a video and views parts of its frames.
 """
+import functools
 import itertools
 import math
 import os
@@ -21,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision import tv_tensors
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
@@ -29,17 +29,17 @@ from tqdm import tqdm
 from common import UserError, height_and_width, mix_seed, precision_of, sum_over_processes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy", ".npz"}
-VIDEO_FILES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"}
+IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy", ".npz")
+VIDEO_FILES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 
 # ------------------------------------------------------------------------------------------------------------ sources
 
 
 class Photographs(Dataset):
-    """Crops of the photographs that ship with scikit-image; the label says which photograph.
+    """Squares of 96 to 160 pixels of the photographs that ship with scikit-image; the label says which photograph.
 
     Training crops come from the first 60 % of a photograph along its longer side and validation crops from the rest, so
-    that recognising a photograph is not remembering a crop. A crop is a square of 96 to 160 pixels.
+    that recognising a photograph is not remembering a crop.
     """
     classes = ["astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field",
                "immunohistochemistry", "moon", "page", "retina", "rocket", "stereo_motorcycle"]
@@ -48,16 +48,11 @@ class Photographs(Dataset):
         import skimage.data
         self.regions, self.length = [], length
         for name in self.classes:
-            photograph = getattr(skimage.data, name)()
-            photograph = photograph[0] if isinstance(photograph, tuple) else photograph  # the stereo pair: the left one
-            image = Image.fromarray(photograph).convert("RGB" if channels == 3 else "L")
-            width, height = image.size
-            cut = int(0.6 * max(image.size))
-            if width >= height:
-                box = (0, 0, cut, height) if train else (cut, 0, width, height)
-            else:
-                box = (0, 0, width, cut) if train else (0, cut, width, height)
-            self.regions.append(image.crop(box))
+            image = getattr(skimage.data, name)()
+            image = image[0] if isinstance(image, tuple) else image  # the stereo pair: the left one
+            axis = int(image.shape[1] >= image.shape[0])  # the longer side
+            parts = np.split(image, [int(0.6 * image.shape[axis])], axis)
+            self.regions.append(Image.fromarray(parts[0 if train else 1]).convert("RGB" if channels == 3 else "L"))
 
     def __len__(self):
         return self.length
@@ -90,8 +85,7 @@ class Scenes(Photographs):
         image, label = super().__getitem__(index)
         draw = np.random.default_rng(index)
         bands = np.asarray(image) / 255 @ self.mixtures.T  # (H, W, C)
-        stamps = np.stack([draw.integers(16, size=self.dates), draw.integers(12, size=self.dates),
-                           draw.integers(24, size=self.dates)], axis=1)
+        stamps = np.stack([draw.integers(end, size=self.dates) for end in (16, 12, 24)], axis=1)
         light = 1 - 0.2 * np.cos(stamps[:, 1:] * (2 * math.pi / 12, math.pi / 12)).sum(axis=1)  # (dates,)
         light = light * draw.uniform(0.8, 1.2, self.dates)
         series = light[:, None, None, None] * bands + draw.normal(0, 0.03, (self.dates, *bands.shape))
@@ -99,7 +93,7 @@ class Scenes(Photographs):
         return (pixels[0], label) if self.dates == 1 else (pixels, label, torch.from_numpy(stamps).float())
 
 
-class Clips(Dataset):
+class Clips(Photographs):
     """Clips of a virtual camera that moves over the photographs: pans in 8 directions, zooms, rolls. No download.
 
     A clip is (1, T, C, 64, 64). Its label is the photograph, the motion, or both: label = photograph * 12 + motion.
@@ -111,14 +105,11 @@ class Clips(Dataset):
     side = 64  # pixels of a frame
 
     def __init__(self, train, frames, channels=3, label=None, length=6000, stride=4):
-        regions = Photographs(train, channels).regions
-        self.regions = [region.resize((region.width // 2, region.height // 2), Image.LANCZOS) for region in regions]
-        self.frames, self.label, self.length, self.speed = frames, label, length, stride / 4
+        super().__init__(train, channels, length)
+        self.regions = [region.resize((region.width // 2, region.height // 2), Image.LANCZOS) for region in self.regions]
+        self.frames, self.label, self.speed = frames, label, stride / 4
         both = [f"{photograph}, {motion}" for photograph in Photographs.classes for motion in self.motions]
         self.classes = {"photograph": Photographs.classes, "motion": self.motions, None: both}[label]
-
-    def __len__(self):
-        return self.length
 
     def __getitem__(self, index):
         photograph = index * len(self.regions) // self.length
@@ -154,7 +145,7 @@ class Clips(Dataset):
 
 class Files(Dataset):
     """Files with labels, [(path, label)]: images, or with frames > 1 videos and folders of frames (see `read_clips`), or
-    with dates > 1 folders of images of a place (see `read_series`).
+    with dates > 1 folders of images of a place (see `read_series`). An unreadable file is named once, and is None.
 
     segments: so many clips evenly over each video, and dates evenly over all; None: one clip, and dates, at random.
     """
@@ -171,63 +162,75 @@ class Files(Dataset):
         return len(self.names)
 
     def __getitem__(self, index):
-        if self.dates > 1:
-            pixels, stamps = read_series(self.path(index), self.dates, self.channels, not self.segments)
-            return pixels, int(self.labels[index]), stamps
-        if self.frames > 1:
-            pixels = read_clips(self.path(index), self.frames, self.stride, self.segments, self.channels)
-        else:
-            pixels = read_image(self.path(index), self.channels)
-        return pixels, int(self.labels[index])
+        path, stamps = os.fsdecode(self.names[index]), []
+        try:
+            if self.dates > 1:
+                pixels, *stamps = read_series(path, self.dates, self.channels, not self.segments)
+            elif self.frames > 1:
+                pixels = read_clips(path, self.frames, self.stride, self.segments, self.channels)
+            else:
+                pixels = read_image(path, self.channels)
+            return pixels, int(self.labels[index]), *stamps
+        except UserError:
+            raise
+        except Exception as error:  # damaged files make the decoders fail in many ways
+            if not self.unreadable[index]:
+                self.unreadable[index] = True
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(f"\nskipped, since it cannot be read: {path} ({reason})", file=sys.stderr)
 
-    def path(self, index):
-        return os.fsdecode(self.names[index])
 
+def find_files(path, classes=None, clips=False, series=False):
+    """[(path, label)] of all images below a folder, at any depth, or of a list; given class names, with their numbers as
+    labels, and below the folders of these names alone.
 
-def find_files(root, classes=None, clips=False, series=False):
-    """[(path, label)] of all images below a folder, at any depth; given class names, below the folders of these names.
-
-    With `clips`, of all videos, and of all folders that hold images and no video: each is one clip. With `series`, of
-    all folders that hold images.
+    With `clips`, of all videos, and of all folders that hold images and no video. With `series`, of all folders that
+    hold images. Raises UserError if there are none.
     """
-    found, kinds = [], set() if series else VIDEO_FILES if clips else IMAGE_FILES
-    for label, folder in enumerate([root] if classes is None else [Path(root, name) for name in classes]):
-        for where, _, names in os.walk(folder, followlinks=True):
-            suffixes = {name: os.path.splitext(name)[1].lower() for name in names}
-            files = [os.path.join(where, name) for name in names if suffixes[name] in kinds]
-            if (clips or series) and not files and IMAGE_FILES & set(suffixes.values()):
+    if Path(path).is_file():
+        numbers = {name: number for number, name in enumerate(classes or [])}
+        return [(name, numbers.get(label, 0)) for name, label in read_list(path)]
+    found, kinds = [], () if series else VIDEO_FILES if clips else IMAGE_FILES
+    for label, folder in enumerate(classes or [""]):
+        for where, _, names in os.walk(Path(path, folder), followlinks=True):
+            files = [os.path.join(where, name) for name in names if name.lower().endswith(kinds)]
+            if (clips or series) and not files and any(name.lower().endswith(IMAGE_FILES) for name in names):
                 files = [where]
             found += [(name, label) for name in files]
     if not found:
         wanted = "folder of images" if series else "video and no folder of frames" if clips else "image"
-        raise UserError(f"there is no {wanted} below {root}")
+        raise UserError(f"there is no {wanted} below {path}")
     return sorted(found)
 
 
-def read_list(path, classes=None):
-    """([(path, label)], class names or None) of a text file of `path label` lines, or of paths alone.
-
-    Paths are relative to the folder of the list. Labels are numbers or names; `classes` are those of the training list.
-    """
+def read_list(path):
+    """[(path, label or None)] of a text file of `path label` lines, or of paths alone, relative to the folder it is in."""
     try:
         lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise UserError(f"{path} is neither a folder nor a list of paths") from None
     if not lines:
         raise UserError(f"{path} is empty")
-    folder, pairs, known = Path(path).parent, [line.rsplit(maxsplit=1) for line in lines], IMAGE_FILES | VIDEO_FILES
-    if not all(len(pair) == 2 and Path(pair[1]).suffix.lower() not in known for pair in pairs):  # paths alone
-        return [(str(folder / line), 0) for line in lines], None
-    names = {name for _, name in pairs}
-    classes = classes or sorted(names, key=lambda name: (int(name) if name.isdecimal() else -1, name))
-    if names - set(classes):
-        raise UserError(f"{path} has the label {min(names - set(classes))}, which the training list lacks")
-    number = {name: label for label, name in enumerate(classes)}
-    return [(str(folder / name), number[label]) for name, label in pairs], classes
+    pairs = [line.rsplit(maxsplit=1) for line in lines]
+    if any(len(pair) < 2 or pair[1].lower().endswith(IMAGE_FILES + VIDEO_FILES) for pair in pairs):
+        pairs = [(line, None) for line in lines]
+    return [(str(Path(path).parent / name), label) for name, label in pairs]
+
+
+def class_names(path):
+    """The names of the folders in a folder, or the labels of a list, numbers in their order; [] if there are none."""
+    if path.is_dir():
+        return sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
+    labels = {label for _, label in read_list(path)} - {None}
+    return sorted(labels, key=lambda label: (int(label) if label.isdecimal() else -1, label))
 
 
 def read_image(path, channels=3):
-    """A PIL image (RGB, or grey for 1 channel), or a float tensor (C, H, W) for any other number of channels."""
+    """A PIL image (RGB, or grey for 1 channel), or floats (C, H, W) of 16-bit files and any other number of channels.
+
+    Raises ValueError for other channels than asked for, for sizes that could be a decompression bomb, and for values
+    that are not finite.
+    """
     suffix = Path(path).suffix.lower()
     if suffix in (".npy", ".npz"):  # (H, W) or (H, W, C); mapped: no larger than the file
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -253,9 +256,9 @@ def read_image(path, channels=3):
         array = array.repeat(3, axis=-1)
     if array.ndim != 3 or array.shape[2] != channels:
         raise ValueError(f"it has the shape {array.shape}, not {channels} channels")
-    scale = np.iinfo(array.dtype).max if array.dtype.kind in "ui" else 1  # integers to [0, 1], real numbers as they are
     if not np.isfinite(array).all():
         raise ValueError("it has values that are not finite")
+    scale = np.iinfo(array.dtype).max if array.dtype.kind in "ui" else 1  # integers to [0, 1], real numbers as they are
     return torch.from_numpy((array / scale).astype(np.float32)).permute(2, 0, 1)
 
 
@@ -263,9 +266,9 @@ def read_series(folder, dates, channels, chosen_at_random):
     """(images (dates, C, H, W), stamps (dates, 3)) of a folder of images of one place, whose names tell the time.
 
     A name has year, month, day and, if known, hour, such as 2016-03-24T10.tif. Of more images, so many are taken, at
-    random or evenly.
+    random or evenly. Raises ValueError for names without a date, too few images, or images that differ in size.
     """
-    names = sorted(name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in IMAGE_FILES)
+    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_FILES))
     pattern = r"(?<!\d)((?:19|20)\d\d)[-_]?(0[1-9]|1[0-2])[-_]?(?:0[1-9]|[12]\d|3[01])(?:T([01]\d|2[0-3])|(?!\d))"
     times = [re.search(pattern, name) for name in names]
     if not all(times):
@@ -274,13 +277,12 @@ def read_series(folder, dates, channels, chosen_at_random):
         raise ValueError(f"it has {len(names)} images, fewer than {dates} dates")
     at_random = torch.randperm(len(names))[:dates].sort().values.tolist()
     chosen = at_random if chosen_at_random else evenly(len(names), dates)
-    images = [read_image(os.path.join(folder, names[i]), channels) for i in chosen]
-    images = [x if torch.is_tensor(x) else v2.functional.to_dtype(v2.functional.pil_to_tensor(x), scale=True)
-              for x in images]
+    images = [v2.functional.to_image(read_image(os.path.join(folder, names[i]), channels)) for i in chosen]
     if len({image.shape for image in images}) > 1:
         raise ValueError("its images differ in size")
     stamps = [[int(times[i][1]) - 2002, int(times[i][2]) - 1, int(times[i][3] or 0)] for i in chosen]
-    return torch.stack(images), torch.tensor(stamps, dtype=torch.float32)
+    images = torch.stack([v2.functional.to_dtype(image, scale=True) for image in images])
+    return images, torch.tensor(stamps, dtype=torch.float32)
 
 
 def read_clips(path, frames, stride, segments=None, channels=3):
@@ -288,10 +290,11 @@ def read_clips(path, frames, stride, segments=None, channels=3):
 
     So many, evenly over the video; for None one, which begins at a random time, drawn from torch's generator. A video
     that is too short repeats its last frame. Time goes by the mean frame rate, so that a variable one does not bend the
-    motion. Of a file, only the frames asked for are read, and those that their compression depends on.
+    motion. Only the frames asked for are read, and those that their compression depends on. Raises UserError where
+    torchcodec or FFmpeg is missing.
     """
     if os.path.isdir(path):  # in the order of the numbers in their names; a gap is closed up
-        names = sorted((name for name in os.listdir(path) if os.path.splitext(name)[1].lower() in IMAGE_FILES),
+        names = sorted((name for name in os.listdir(path) if name.lower().endswith(IMAGE_FILES)),
                        key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
         length = len(names)
     else:
@@ -310,13 +313,13 @@ def read_clips(path, frames, stride, segments=None, channels=3):
         else torch.linspace(0, latest, segments).round()
     times = (starts[:, None] + stride * torch.arange(frames)).clamp(max=length - 1).flatten()  # (segments * T,)
     if os.path.isdir(path):
-        images = {i: read_image(os.path.join(path, names[i])) for i in set(times.int().tolist())}
-        images = {i: x if torch.is_tensor(x) else v2.functional.pil_to_tensor(x) for i, x in images.items()}
-        pixels = torch.stack([images[i] for i in times.int().tolist()])
+        chosen, places = times.int().unique(return_inverse=True)
+        images = [v2.functional.to_image(read_image(os.path.join(path, names[i]), channels)) for i in chosen]
+        pixels = torch.stack(images)[places]
     else:
         seconds = begin + (times + 0.5) * (end - begin) / length  # the middle of a frame's time on the screen
         pixels = decoder.get_frames_played_at(seconds.tolist()).data
-    pixels = v2.functional.rgb_to_grayscale(pixels) if channels == 1 else pixels
+        pixels = v2.functional.rgb_to_grayscale(pixels) if channels == 1 else pixels
     return pixels.unflatten(0, (-1, frames))
 
 
@@ -326,19 +329,16 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
     A folder is DIR/train/<class>/... with DIR/val/<class>/... or DIR/test/<class>/..., or DIR/train.txt with
     DIR/val.txt or DIR/test.txt; where no labels are needed (labelled=False) it is any folder or list, and DIR/train
     alone is used if there is one. With frames > 1 the samples are clips, with dates > 1 series of images. label: of the
-    built-in clips, see `Clips`. scenes: instead of the built-in photographs, `Scenes`.
+    built-in clips, see `Clips`. scenes: instead of the built-in photographs, `Scenes`. Raises UserError for all else.
     """
-    if data is None and (scenes or dates > 1):
-        return Scenes(True, channels, dates), Scenes(False, channels, dates, 1500), Photographs.classes
-    if (data is None or frames > 1) and channels not in (1, 3):
+    kind = Scenes if scenes or dates > 1 else Clips if frames > 1 else Photographs
+    if channels not in (1, 3) and (frames > 1 or data is None and kind is Photographs):
         raise UserError(f"{'clips' if frames > 1 else 'the built-in photographs'} have 1 or 3 channels, not {channels}"
                         + ("" if data else ": give --data"))
-    if data is None and frames > 1:
-        train, val = (Clips(train, frames, channels, label, length, stride)
-                      for train, length in ((True, 6000), (False, 1500)))
-        return train, val, train.classes
     if data is None:
-        return Photographs(True, channels), Photographs(False, channels, 1500), Photographs.classes
+        others = {Scenes: dict(dates=dates), Clips: dict(frames=frames, label=label, stride=stride)}.get(kind, {})
+        train, val = (kind(train, channels=channels, length=6000 if train else 1500, **others) for train in (True, False))
+        return train, val, train.classes
     if data == "cifar10":
         if channels != 3 or frames > 1 or dates > 1:
             raise UserError("CIFAR-10 has images of 3 channels and no clips")
@@ -351,35 +351,29 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
             raise UserError(f"CIFAR-10 could not be downloaded to ./data: {error}") from None
         return train, val, train.classes
 
-    root, kind, kinds = Path(data), (channels, frames, stride, dates), (frames > 1, dates > 1)
-    train_list = root if root.is_file() else root / "train.txt"
+    root = Path(data)
     if not root.exists():
         raise UserError(f"there is no file or folder {root}")
-    if not labelled and root.is_file() and root.suffix.lower() in IMAGE_FILES | VIDEO_FILES:  # for `show`
-        return Files([(root, 0)], *kind), None, None
-    if train_list.is_file():
-        found, classes = read_list(train_list)
-        val_list = next((p for p in (root / "val.txt", root / "test.txt") if p.is_file()), None)
-        val_found, val_classes = read_list(val_list, classes) if classes and val_list else (None, None)
-        if labelled and not val_classes:
-            raise UserError(f"{root} needs the lists train.txt and val.txt (or test.txt), of lines of `path label`")
-        train, val = Files(found, *kind), Files(val_found, *kind) if val_classes else None
-    else:
-        train = root / "train" if (root / "train").is_dir() else root
-        val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-        classes, val_classes = (sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-                                if folder else [] for folder in (train, val))
-        if train == root or not classes or not val_classes:
-            if labelled:
-                raise UserError(f"{root} needs the folders train/<class>/ and val/<class>/ (or test/<class>/)")
-            return Files(find_files(train, None, *kinds), *kind), None, None
-        unknown = [name for name in val_classes if name not in classes]
-        if unknown:
-            raise UserError(f"{val} has the class folder {unknown[0]}, which {train} lacks")
-        train, val = (Files(find_files(folder, classes, *kinds), *kind) for folder in (train, val))
-    if val:
-        val.segments = 1
-    return train, val, classes if val else None
+    of_files, kinds = (channels, frames, stride, dates), (frames > 1, dates > 1)
+    if not labelled and root.is_file() and root.name.lower().endswith(IMAGE_FILES + VIDEO_FILES):  # for `show`
+        return Files([(root, 0)], *of_files), None, None
+    train = next((path for path in (root / "train.txt", root / "train") if path.exists()), root)
+    tests = [root / f"{name}{train.suffix}" for name in ("val", "test") if train != root]
+    val = next((path for path in tests if path.exists()), None)
+    classes, val_classes = (class_names(path) if path else [] for path in (train, val))
+    if not classes or not val_classes:
+        if labelled:
+            needed = "lists train.txt and val.txt (or test.txt), of lines of `path label`" if train.is_file() else \
+                "folders train/<class>/ and val/<class>/ (or test/<class>/)"
+            raise UserError(f"{root} needs the {needed}")
+        return Files(find_files(train, None, *kinds), *of_files), None, None
+    unknown = sorted(set(val_classes) - set(classes))
+    if unknown:
+        kind, known = ("label", "the training list") if train.is_file() else ("class folder", train)
+        raise UserError(f"{val} has the {kind} {unknown[0]}, which {known} lacks")
+    train, val = (Files(find_files(path, classes, *kinds), *of_files) for path in (train, val))
+    val.segments = 1
+    return train, val, classes
 
 
 # --------------------------------------------------------------------------------------------------------- transforms
@@ -388,10 +382,7 @@ BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 
 
 def crop_and_flip(image_size, scale, flip=True, ratio=(3 / 4, 4 / 3), interpolation=BICUBIC):
-    """Random resized crop of an area share in `scale`, flip: the whole augmentation of pre-training.
-
-    This and the transforms below draw once for all frames of a video.
-    """
+    """Augmentation of pre-training: random resized crop of an area share in `scale`, flip, alike in all frames."""
     return v2.Compose([v2.RandomResizedCrop(height_and_width(image_size), scale, ratio, interpolation),
                        v2.RandomHorizontalFlip(0.5 if flip else 0.0), v2.PILToTensor()])
 
@@ -419,10 +410,9 @@ class Erasing(v2.RandomErasing):
 
 
 class CentreCrop:
-    """The view at test time: the shorter side resized to size / 0.875 (from 256 to 224), and the centre cut out.
-
-    An image that already has the right size, as in CIFAR-10, is taken as it is. With views > 1, so many squares evenly
-    along the longer side, each as large as the shorter side, as a new first dimension.
+    """The view at test time: the shorter side resized to size / 0.875 (from 256 to 224), and the centre cut out; an image
+    of the right size, as in CIFAR-10, is taken as it is. With views > 1, so many squares evenly along the longer side,
+    each as large as the shorter side, as a new first dimension.
     """
 
     def __init__(self, image_size, views=1):
@@ -430,28 +420,21 @@ class CentreCrop:
 
     def __call__(self, image):
         old, new = v2.functional.get_size(image), self.size
-        if self.views == 1 and tuple(old) == new:
-            return v2.functional.pil_to_tensor(image) if isinstance(image, Image.Image) else image
-        factor = max(new[0] / old[0], new[1] / old[1]) / (0.875 if self.views == 1 else 1)
-        larger = [max(side, round(factor * length)) for side, length in zip(new, old)]
-        image = v2.functional.resize(image, larger, BICUBIC if self.views == 1 else BILINEAR)
-        image = v2.functional.pil_to_tensor(image) if isinstance(image, Image.Image) else image
+        if self.views > 1 or tuple(old) != new:
+            factor = max(new[0] / old[0], new[1] / old[1]) / (0.875 if self.views == 1 else 1)
+            larger = [max(side, round(factor * length)) for side, length in zip(new, old)]
+            image = v2.functional.resize(image, larger, BICUBIC if self.views == 1 else BILINEAR)
+        image = v2.PILToTensor()(image)
         if self.views == 1:
-            return v2.functional.center_crop(image, list(new))
+            return v2.functional.center_crop(image, new)
         corners = [[(length - side) * view // (self.views - 1) for side, length in zip(new, larger)]
                    for view in range(self.views)]
         return torch.stack([image[..., y:y + new[0], x:x + new[1]] for y, x in corners])
 
 
-class Repeated:
-    """A transform of images whose result, (..., C, H, W), is repeated in time, as a clip: (..., 1, T, C, H, W)."""
-
-    def __init__(self, transform, frames):
-        self.transform, self.frames = transform, frames
-
-    def __call__(self, image):
-        pixels = self.transform(image)[..., None, None, :, :, :]
-        return pixels.expand(*pixels.shape[:-4], self.frames, *pixels.shape[-3:])
+def repeated(pixels, frames):
+    """An image (..., C, H, W), repeated in time as a clip (..., 1, T, C, H, W)."""
+    return torch.stack([pixels] * frames, dim=-4).unsqueeze(-5)
 
 
 def mix_up_and_cut_mix(args, classes):
@@ -459,23 +442,21 @@ def mix_up_and_cut_mix(args, classes):
     choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, args.mixup),
                                                                           (v2.CutMix, args.cutmix)) if alpha > 0]
 
-    def mix(pixels, labels):
-        images = tv_tensors.Image(pixels.flatten(1, -3))  # (B, all else, H, W): mixed alike in all frames
-        images, labels = v2.RandomChoice(choices)(images, labels)
-        return images.as_subclass(torch.Tensor).view(pixels.shape), labels
+    def mix(pixels, labels):  # as images (B, all else, H, W): mixed alike in all frames
+        images, labels = v2.RandomChoice(choices)(pixels.flatten(1, -3), labels)
+        return images.view(pixels.shape), labels
     return mix if choices else None
 
 
 def measure_mean_and_std(source, image_size, images=1000):
     """Mean and standard deviation of each channel over up to `images` images evenly taken from a source."""
-    samples, sums, squares, pixels = Samples(source, CentreCrop(image_size)), 0, 0, 0
+    samples, moments = Samples(source, CentreCrop(image_size)), []
     for index in evenly(len(source), images):
-        image = v2.functional.to_dtype(samples.example(index)[0], torch.float64, scale=True)
-        channels = image.movedim(-3 if image.ndim == 3 else -4, 0).flatten(1)  # (C, everything else)
-        sums, squares = sums + channels.sum(1), squares + channels.square().sum(1)
-        pixels += channels.shape[1]
-    mean = sums / pixels
-    std = (squares / pixels - mean.square()).clamp(min=1e-12).sqrt()
+        pixels = v2.functional.to_dtype(samples.example(index)[0], torch.float64, scale=True)
+        pixels = pixels.movedim(-3 if pixels.ndim == 3 else -4, 0).flatten(1)  # (C, everything else)
+        moments.append(torch.stack([pixels.mean(1), pixels.square().mean(1)]))
+    mean, square = torch.stack(moments).mean(0)
+    std = (square - mean.square()).clamp(min=1e-12).sqrt()
     # Rounded, so that a run goes on although another machine measures another last digit.
     return [[float(f"{value:.4g}") for value in values.tolist()] for values in (mean, std)]
 
@@ -488,32 +469,21 @@ class Samples(Dataset):
     (C, dates, H, W), clips (views, segments, C, T, H, W).
 
     Augmentation and time of a clip are seeded by (seed, position), where position is the place of the draw in the whole
-    run. Unreadable files are named once and counted by their source. The next readable one takes their place; without
-    `replace`, as in a test, which must not count a sample twice, with the label -1.
+    run. The next readable file takes the place of an unreadable one; without `replace`, as in a test, which must not
+    count a sample twice, with the label -1. Raises UserError if no file can be read.
     """
 
     def __init__(self, source, transform, seed=0, replace=True):
         self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
-        if not any(self.read(index) for index in range(len(source))):
-            raise UserError(f"none of the files can be read, for instance {source.path(0)}")
-
-    def read(self, index):
-        try:
-            return self.source[index]
-        except Exception as error:  # damaged files make the decoders fail in many ways
-            if isinstance(error, UserError) or not isinstance(self.source, Files):
-                raise
-            if not self.source.unreadable[index]:
-                self.source.unreadable[index] = True
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                print(f"\nskipped, since it cannot be read: {self.source.path(index)} ({reason})", file=sys.stderr)
+        if not any(source[index] for index in range(len(source))):
+            raise UserError(f"none of the files can be read, for instance {os.fsdecode(source.names[0])}")
 
     def __getitem__(self, item):
         index, position = item
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, position))
             readable = index
-            while (sample := self.read(readable)) is None:
+            while (sample := self.source[readable]) is None:
                 readable = (readable + 1) % len(self.source)
             pixels, label, *stamps = sample
             pixels, label = self.transform(pixels), label if self.replace or readable == index else -1
@@ -545,16 +515,15 @@ def step_batches(length, args, first_step):
     Position p of the run is in epoch p // length. An epoch is a permutation seeded by (seed, epoch); the last batch of
     an epoch is filled from the next one.
     """
-    order, epoch = None, None
+    @functools.lru_cache(maxsize=1)
+    def order(epoch):
+        return np.random.default_rng((args.seed, epoch)).permutation(length)
+
     for step in range(first_step, args.steps):
         for part in range(args.accumulate):
-            rows, batch = rows_of_process(args, part), []
-            for position in range(step * args.batch_size + rows.start, step * args.batch_size + rows.stop):
-                if position // length != epoch:
-                    epoch = position // length
-                    order = np.random.default_rng((args.seed, epoch)).permutation(length)
-                batch.append((int(order[position % length]), position))
-            yield batch
+            rows = rows_of_process(args, part)
+            positions = range(step * args.batch_size + rows.start, step * args.batch_size + rows.stop)
+            yield [(int(order(p // length)[p % length]), p) for p in positions]
 
 
 def ignore_signals(worker):
@@ -573,38 +542,34 @@ def stack(samples):
     return default_collate(samples)
 
 
-class OnDevice:
-    """Moves a batch to the device and normalises it there, the only place where that is done."""
+def loader(samples, batches, args, device):
+    """Batches of samples, given as lists of (index, position), on the device or on their way to it, and normalised: the
+    only place where that is done.
+    """
+    largest, mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (255.0, args.mean, args.std))
 
-    def __init__(self, args, device):
-        self.device, self.largest = device, torch.tensor(255.0, device=device)
-        self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (args.mean, args.std))
-
-    def __call__(self, batch):
-        pixels, *rest = (x.to(self.device, non_blocking=True) for x in batch)
+    def to_device(batch):
+        pixels, *rest = (x.to(device, non_blocking=True) for x in batch)
         is_bytes = pixels.dtype == torch.uint8
         pixels = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if is_bytes:  # by a tensor, since CUDA multiplies by 1 / 255 where it is a number, and HOG sees the last bit
-            pixels.div_(self.largest)
-        mean, std = (x if pixels.ndim == 4 else x[:, None] for x in (self.mean, self.std))
-        return pixels.sub_(mean).div_(std), *rest
-
-
-def loader(samples, batches, args, device):
-    """`batches` of samples, given as lists of (index, position), on the device or on their way to it."""
-    return map(OnDevice(args, device), DataLoader(
+            pixels.div_(largest)
+        shape = (-1, 1, 1) if pixels.ndim == 4 else (-1, 1, 1, 1)  # of time too
+        return pixels.sub_(mean.view(shape)).div_(std.view(shape)), *rest
+    # Not a generator: the workers start, and torch draws their seed, here and not at the first batch.
+    return map(to_device, DataLoader(
         samples, batch_sampler=batches, num_workers=args.workers, collate_fn=stack, pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals))
+
+
+def examples(samples, indices, args, device):
+    """A batch of these samples."""
+    return next(loader(samples, [[(index, 0) for index in indices]], args, device))
 
 
 def one_clip(pixels):
     """Of each video its only clip, (B, 1, 1, C, T, H, W) -> (B, C, T, H, W); images are taken as they are."""
     return pixels.flatten(0, 2) if pixels.ndim == 7 else pixels
-
-
-def examples(samples, indices, args, device):
-    """A batch of these samples, on the device."""
-    return OnDevice(args, device)(stack([samples.example(index) for index in indices]))
 
 
 def training_loader(samples, args, device, first_step):

@@ -409,7 +409,7 @@ def test_a_rectangle_is_erased_by_noise_of_the_normalised_image():
     erased = data.Erasing(args)(image)
     changed = (erased - 100 / 255).abs().amax(0) > 1e-5
     assert 0.02 < changed.float().mean() < 0.35 and erased.dtype == torch.float32
-    (normalised,) = data.OnDevice(args, torch.device("cpu"))([erased[None]])
+    (normalised, _), = data.loader([(erased, 0)], [[0]], args, torch.device("cpu"))
     assert normalised[0][:, changed].std() == pytest.approx(1, abs=0.1)
     assert data.Erasing(_args(erasing=0.0))(image).sub(100 / 255).abs().max() < 1e-6
 
@@ -1144,13 +1144,13 @@ def test_lists_of_paths_and_labels(videos, tmp_path):
     assert classes == ["brighter", "darker"] and train.labels.tolist() == [1, 1, 1, 0, 0, 0] and val.segments == 1
     assert shades(val[0][0][0]) == [7, 6, 5, 4] and val[0][1] == 1
     (tmp_path / "paths.txt").write_text("a b.mp4\nc.mp4\n")
-    assert [p for p, _ in data.read_list(tmp_path / "paths.txt")[0]] == [f"{tmp_path}/a b.mp4", f"{tmp_path}/c.mp4"]
+    assert [p for p, _ in data.read_list(tmp_path / "paths.txt")] == [f"{tmp_path}/a b.mp4", f"{tmp_path}/c.mp4"]
     assert data.open_sources(videos, frames=4)[2] == ["brighter", "darker"]
     assert data.open_sources(tmp_path, labelled=False, frames=4)[2] == ["brighter", "darker"]  # for the probes
     (tmp_path / "val.txt").write_text("a.mp4\n")
     assert data.open_sources(tmp_path, labelled=False, frames=4)[1:] == (None, None)
     (tmp_path / "numbers.txt").write_text("a.mp4 10\nb.mp4 9\n")
-    assert data.read_list(tmp_path / "numbers.txt")[1] == ["9", "10"]
+    assert data.class_names(tmp_path / "numbers.txt") == ["9", "10"]
 
 
 def test_built_in_clips():
@@ -1367,7 +1367,7 @@ def test_views_cover_the_longer_side_and_stills_repeat():
     assert views.shape == (3, 3, 2, 3, 32, 32)
     assert views[:, 0, 0, 0, 0, 0].tolist() == [0, 8, 16]
     assert data.CentreCrop(32)(clip).shape == (3, 2, 3, 32, 32)
-    still = data.Repeated(data.CentreCrop(32), 4)(Image.new("RGB", (40, 40), (255, 0, 0)))
+    still = data.repeated(data.CentreCrop(32)(Image.new("RGB", (40, 40), (255, 0, 0))), 4)
     assert still.shape == (1, 4, 3, 32, 32) and (still[:, :, 0] == 255).all()
 
 

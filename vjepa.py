@@ -32,6 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms import v2
 
 import data
 from common import (CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, Block, Run, UserError, ViT, accuracy, cosine,
@@ -305,7 +306,7 @@ def open_clips(args, labelled, label=None):
 
 def in_time(transform, args):
     """The transform itself, or for --still one that repeats the image in time."""
-    return data.Repeated(transform, args.frames) if args.still else transform
+    return v2.Compose([transform, functools.partial(data.repeated, frames=args.frames)]) if args.still else transform
 
 
 def features_of(encoder):
