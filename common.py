@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -861,6 +862,9 @@ def run_main(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception:  # left to Python, it would keep the loader, and Python wait for its workers
+        traceback.print_exc()
+        sys.exit(1)
     if dist.is_initialized():
         # Before PyTorch 2.8 its destructor keeps Python locked while it waits for a thread of gloo, which may wait for
         # Python to free the tensors of the last operation. Asleep, Python is not locked.

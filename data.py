@@ -1,12 +1,12 @@
 """Images and clips in, batches out: the photographs that ship with scikit-image, folders of images or videos, CIFAR-10.
 
 A *source* is a dataset of (pixels, label): a PIL image; floats (C, H, W) in [0, 1] where there are not 1 or 3 channels;
-clips of a video, bytes (segments, T, C, H, W); or a series of images of a place, floats (dates, C, H, W), and as a third
-item its stamps (dates, 3): years since 2002, months and hours from 0. `Samples` adds the augmentation, `step_batches`
-decides which samples make up which step. Every draw of a sample has its own seed, so what a step sees depends on
-(seed, step) alone: not on the number of workers or processes, nor on whether the run was interrupted. A batch on the
-device is normalised: images (B, C, H, W), series (B, C, dates, H, W), and clips always (B, views, segments, C, T, H, W),
-where segments are parts of the time of a video and views parts of its frames.
+clips of a video, bytes (segments, T, C, H, W); or a series of images of a place, floats (dates, C, H, W), and as a
+third item its stamps (dates, 3): years since 2002, months and hours from 0. `Samples` adds the augmentation,
+`step_batches` decides which samples make up which step. Every draw of a sample has its own seed, so what a step sees
+depends on (seed, step) alone: not on the number of workers or processes, nor on whether the run was interrupted. A
+batch on the device is normalised: images (B, C, H, W), series (B, C, dates, H, W), and clips always (B, views,
+segments, C, T, H, W), where segments are parts of the time of a video and views parts of its frames.
 """
 import functools
 import itertools
@@ -106,7 +106,7 @@ class Clips(Photographs):
 
     def __init__(self, train, frames, channels=3, label=None, length=6000, stride=4):
         super().__init__(train, channels, length)
-        self.regions = [region.resize((region.width // 2, region.height // 2), Image.LANCZOS) for region in self.regions]
+        self.regions = [x.resize((x.width // 2, x.height // 2), Image.LANCZOS) for x in self.regions]
         self.frames, self.label, self.speed = frames, label, stride / 4
         both = [f"{photograph}, {motion}" for photograph in Photographs.classes for motion in self.motions]
         self.classes = {"photograph": Photographs.classes, "motion": self.motions, None: both}[label]
@@ -144,8 +144,8 @@ class Clips(Photographs):
 
 
 class Files(Dataset):
-    """Files with labels, [(path, label)]: images, or with frames > 1 videos and folders of frames (see `read_clips`), or
-    with dates > 1 folders of images of a place (see `read_series`). An unreadable file is named once, and is None.
+    """Files with labels, [(path, label)]: images, or with frames > 1 videos and folders of frames (see `read_clips`),
+    or with dates > 1 folders of images of a place (see `read_series`). An unreadable file is named once, and is None.
 
     segments: so many clips evenly over each video, and dates evenly over all; None: one clip, and dates, at random.
     """
@@ -181,8 +181,8 @@ class Files(Dataset):
 
 
 def find_files(path, classes=None, clips=False, series=False):
-    """[(path, label)] of all images below a folder, at any depth, or of a list; given class names, with their numbers as
-    labels, and below the folders of these names alone.
+    """[(path, label)] of all images below a folder, at any depth, or of a list; given class names, with their numbers
+    as labels, and below the folders of these names alone.
 
     With `clips`, of all videos, and of all folders that hold images and no video. With `series`, of all folders that
     hold images. Raises UserError if there are none.
@@ -204,7 +204,7 @@ def find_files(path, classes=None, clips=False, series=False):
 
 
 def read_list(path):
-    """[(path, label or None)] of a text file of `path label` lines, or of paths alone, relative to the folder it is in."""
+    """[(path, label or None)] of a text file of `path label` lines, or of paths alone, relative to its own folder."""
     try:
         lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except UnicodeDecodeError:
@@ -315,7 +315,7 @@ def read_clips(path, frames, stride, segments=None, channels=3):
     if os.path.isdir(path):
         chosen, places = times.int().unique(return_inverse=True)
         images = [v2.functional.to_image(read_image(os.path.join(path, names[i]), channels)) for i in chosen]
-        pixels = torch.stack(images)[places]
+        pixels = together(images)[places]
     else:
         seconds = begin + (times + 0.5) * (end - begin) / length  # the middle of a frame's time on the screen
         pixels = decoder.get_frames_played_at(seconds.tolist()).data
@@ -337,7 +337,8 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None
                         + ("" if data else ": give --data"))
     if data is None:
         others = {Scenes: dict(dates=dates), Clips: dict(frames=frames, label=label, stride=stride)}.get(kind, {})
-        train, val = (kind(train, channels=channels, length=6000 if train else 1500, **others) for train in (True, False))
+        train, val = (kind(split == "train", channels=channels, length=length, **others)
+                      for split, length in (("train", 6000), ("val", 1500)))
         return train, val, train.classes
     if data == "cifar10":
         if channels != 3 or frames > 1 or dates > 1:
@@ -410,9 +411,9 @@ class Erasing(v2.RandomErasing):
 
 
 class CentreCrop:
-    """The view at test time: the shorter side resized to size / 0.875 (from 256 to 224), and the centre cut out; an image
-    of the right size, as in CIFAR-10, is taken as it is. With views > 1, so many squares evenly along the longer side,
-    each as large as the shorter side, as a new first dimension.
+    """The view at test time: the shorter side resized to size / 0.875 (from 256 to 224), and the centre cut out; an
+    image of the right size, as in CIFAR-10, is taken as it is. With views > 1, so many squares evenly along the longer
+    side, each as large as the shorter side, as a new first dimension.
     """
 
     def __init__(self, image_size, views=1):
@@ -465,8 +466,8 @@ def measure_mean_and_std(source, image_size, images=1000):
 
 
 class Samples(Dataset):
-    """A source with its augmentation: (index, position) -> (pixels, label, ...), not normalised: images (C, H, W), series
-    (C, dates, H, W), clips (views, segments, C, T, H, W).
+    """A source with its augmentation: (index, position) -> (pixels, label, ...), not normalised: images (C, H, W),
+    series (C, dates, H, W), clips (views, segments, C, T, H, W).
 
     Augmentation and time of a clip are seeded by (seed, position), where position is the place of the draw in the whole
     run. The next readable file takes the place of an unreadable one; without `replace`, as in a test, which must not
@@ -535,14 +536,20 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
-def stack(samples):
-    """A batch of samples. Bytes stay bytes, unless there are floats in [0, 1] among them."""
-    if len({pixels.dtype for pixels, *_ in samples}) > 1:
-        samples = [(pixels / 255 if pixels.dtype == torch.uint8 else pixels, *rest) for pixels, *rest in samples]
-    return default_collate(samples)
+def together(images):
+    """A list of images or clips -> (B, ...). Bytes stay bytes, unless there are floats in [0, 1] among them."""
+    if len({x.dtype for x in images}) > 1:
+        images = [x / 255 if x.dtype == torch.uint8 else x for x in images]
+    return default_collate(images)
 
 
-def loader(samples, batches, args, device):
+def collate(samples):
+    """A list of samples -> a batch (pixels, labels, ...)."""
+    pixels, *others = map(list, zip(*samples))
+    return [together(pixels), *map(default_collate, others)]
+
+
+def loader(samples, batches, args, device, workers):
     """Batches of samples, given as lists of (index, position), on the device or on their way to it, and normalised: the
     only place where that is done.
     """
@@ -558,13 +565,13 @@ def loader(samples, batches, args, device):
         return pixels.sub_(mean.view(shape)).div_(std.view(shape)), *rest
     # Not a generator: the workers start, and torch draws their seed, here and not at the first batch.
     return map(to_device, DataLoader(
-        samples, batch_sampler=batches, num_workers=args.workers, collate_fn=stack, pin_memory=device.type == "cuda",
+        samples, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals))
 
 
 def examples(samples, indices, args, device):
     """A batch of these samples."""
-    return next(loader(samples, [[(index, 0) for index in indices]], args, device))
+    return next(loader(samples, [[(index, 0) for index in indices]], args, device, workers=0))
 
 
 def one_clip(pixels):
@@ -578,16 +585,17 @@ def training_loader(samples, args, device, first_step):
         size = args.batch_size // (args.accumulate * args.processes)
         pixels, *rest = default_collate([samples.example(0)] * size)
         return itertools.repeat((torch.randn(pixels.shape, device=device), *(x.to(device) for x in rest)))
-    return loader(samples, step_batches(len(samples.source), args, first_step), args, device)
+    return loader(samples, step_batches(len(samples.source), args, first_step), args, device, args.workers)
 
 
 def test_loader(samples, args, device, limit=None):
-    """Each sample once, in order, every process its own ones; with `limit`, that many, evenly taken, of all processes."""
+    """Each sample once, in order, every process its own; with `limit`, the same so many for all, evenly taken."""
     planes = math.prod(samples.example(0)[0].shape[:-2])  # 3 of an image, more of a clip
     size = max(1, 384 // planes)
     chosen = evenly(len(samples.source), limit or len(samples.source))
     chosen = chosen if limit else chosen[args.rank::args.processes]
-    return loader(samples, [[(i, 0) for i in chosen[k:k + size]] for k in range(0, len(chosen), size)], args, device)
+    batches = [[(index, 0) for index in chosen[k:k + size]] for k in range(0, len(chosen), size)]
+    return loader(samples, batches, args, device, args.workers)
 
 
 # ------------------------------------------------------------------------------------------- what features are worth
@@ -595,7 +603,7 @@ def test_loader(samples, args, device, limit=None):
 
 @torch.no_grad()
 def features(encoders, samples, args, device, limit):
-    """([features (N, K) of each encoder], labels (N,)) of up to `limit` samples, evenly taken, unreadable files left out.
+    """([features (N, K) of each encoder], labels (N,)) of up to `limit` samples, evenly taken, that can be read.
 
     An encoder is a function of a batch, (pixels, ...) -> (B, K); clips come as (B, C, T, H, W).
     """
@@ -604,10 +612,10 @@ def features(encoders, samples, args, device, limit):
         pixels = one_clip(pixels)
         with precision_of(args)[0]:
             x.append([encode(pixels, *stamps).float() for encode in encoders])
-        y.append(labels)
-    y = torch.cat(y)
-    x = [torch.cat(parts)[y >= 0] for parts in zip(*x)]
-    return [part.cpu() if device.type == "mps" else part for part in x], y[y >= 0]  # MPS has no float64
+        y.append(labels.cpu())
+    x, y = [torch.cat(parts) for parts in zip(*x)], torch.cat(y)
+    x = [part.cpu() if device.type == "mps" else part for part in x]  # which has no float64
+    return [part[y >= 0] for part in x], y[y >= 0].to(x[0].device)
 
 
 def by_label(source, labels):
@@ -673,7 +681,7 @@ def ridge_probe(train_features, train_labels, features, labels, penalty=1e-4):
 
 
 def print_probe(encoders, train, val, args, device, train_limit=3000, limit=3000):
-    """Print the accuracy of ridge regression on frozen features. encoders: {"after training": function as in `features`}."""
+    """Print the accuracy of ridge regression on frozen features. encoders: {"after": a function as in `features`}."""
     x, y = features(encoders.values(), train, args, device, train_limit)
     x_val, y_val = features(encoders.values(), val, args, device, limit)
     y, y_val = (by_label(train.source, labels) for labels in (y, y_val))

@@ -57,7 +57,7 @@ PRETRAIN = INPUT | MODEL | AUTOENCODER | TRAINING | dict(  # Table 8
     base_lr=flag(1.5e-4, "learning rate per 256 images of a batch", demo=8e-3),
     warmup=flag(40 / 800, "share of the steps in which the learning rate rises", share),
 )
-FINETUNE = INPUT | MODEL | TRAINING | CLASSIFICATION | AUGMENTATION | dict(  # Table 9; where the published FINETUNE.md differs, that
+FINETUNE = INPUT | MODEL | TRAINING | CLASSIFICATION | AUGMENTATION | dict(  # Table 9; where FINETUNE.md differs, that
     pool=flag("mean", "what the classifier reads: the class token, or the mean of the patch tokens", ["class", "mean"]),
     epochs=flag(100.0, "passes over the data", large=50.0, huge=50.0, demo=10.0),
     batch_size=flag(1024, "images per step, on all GPUs together", demo=128),
@@ -325,7 +325,7 @@ class SatMAE(SatelliteViT, MAE):
         return [part.flatten(2) for part in parts], *([x] * self.slices for x in statistics)
 
     def forward(self, images, visible, hidden, stamps=None):
-        """images and stamps as in `embed`, visible (B, N), hidden (B, M) -> (loss, pred of each slice (B, L, P*P*C))."""
+        """images, stamps as in `embed`, visible (B, N), hidden (B, M) -> (loss, pred of each slice (B, L, P*P*C))."""
         x = self.encode(take(self.embed(images, stamps), visible))  # (B, 1 + N, D)
 
         x = self.decoder_embed(x)  # (B, 1 + N, decoder_dim)
@@ -392,8 +392,9 @@ def new_model(args):
 def draw_masks(args, batch, generator, device):
     """Places (visible, hidden) for a batch."""
     grid, slices = grid_of(args.image_size, args.patch_size), len(groups_of(args.bands) or ()) or args.dates
-    shape = (batch, grid, args.mask_ratio, generator, device)
-    return MASKS[args.masking](*shape) if slices == 1 else masks_of_slices(args.masking, slices, args.consistent, *shape)
+    if slices == 1:
+        return MASKS[args.masking](batch, grid, args.mask_ratio, generator, device)
+    return masks_of_slices(args.masking, slices, args.consistent, batch, grid, args.mask_ratio, generator, device)
 
 
 def pretrain(args):
@@ -528,7 +529,8 @@ def save_picture(model, samples, args, device):
     Where the targets are normalised, the prediction gets the mean and deviation of the true patch back.
     """
     groups = groups_of(args.bands) or [range(args.channels)] * args.dates
-    images, _, *stamps = data.examples(samples, data.evenly(len(samples.source), max(1, 8 // len(groups))), args, device)
+    chosen = data.evenly(len(samples.source), max(1, 8 // len(groups)))
+    images, _, *stamps = data.examples(samples, chosen, args, device)
     generator = torch.Generator(device).manual_seed(mix_seed(args.seed))
     visible, hidden = draw_masks(args, len(images), generator, device)
     with torch.no_grad():

@@ -393,14 +393,14 @@ def test_bytes_are_normalised_on_the_device(frames):
     args = _args(batch_size=6, steps=1, seed=1)
     samples = data.Samples(source, data.crop_and_flip(32, (0.2, 1.0)), seed=1)
     (batch, _), = data.training_loader(samples, args, torch.device("cpu"), 0)
-    (rows,), mean, std = list(data.step_batches(len(source), args, 0)), *(torch.tensor(x) for x in (args.mean, args.std))
+    (rows,), mean, std = data.step_batches(len(source), args, 0), torch.tensor(args.mean), torch.tensor(args.std)
     pixels = torch.stack([samples[row][0] for row in rows])
     assert pixels.dtype == torch.uint8 and batch.is_contiguous() and batch.dtype == torch.float32
     assert batch.shape == ((6, 3, 32, 32) if frames == 1 else (6, 1, 1, 3, 4, 32, 32))
     by_hand = (pixels.movedim(-3 if frames == 1 else -4, -1) / 255 - mean) / std
     assert torch.equal(batch.movedim(-3 if frames == 1 else -4, -1), by_hand)
-    mixed, _ = data.stack([(pixels[0], 0), (pixels[1] / 255, 0)])  # files of both kinds in a batch
-    assert torch.equal(mixed, pixels[:2] / 255) and data.stack([(pixels[0], 0)])[0].dtype == torch.uint8
+    mixed, _ = data.collate([(pixels[0], 0), (pixels[1] / 255, 0)])  # files of both kinds in a batch
+    assert torch.equal(mixed, pixels[:2] / 255) and data.collate([(pixels[0], 0)])[0].dtype == torch.uint8
 
 
 def test_a_rectangle_is_erased_by_noise_of_the_normalised_image():
@@ -409,7 +409,7 @@ def test_a_rectangle_is_erased_by_noise_of_the_normalised_image():
     erased = data.Erasing(args)(image)
     changed = (erased - 100 / 255).abs().amax(0) > 1e-5
     assert 0.02 < changed.float().mean() < 0.35 and erased.dtype == torch.float32
-    (normalised, _), = data.loader([(erased, 0)], [[0]], args, torch.device("cpu"))
+    (normalised, _), = data.loader([(erased, 0)], [[0]], args, torch.device("cpu"), workers=0)
     assert normalised[0][:, changed].std() == pytest.approx(1, abs=0.1)
     assert data.Erasing(_args(erasing=0.0))(image).sub(100 / 255).abs().max() < 1e-6
 
@@ -585,7 +585,7 @@ def test_published_mae_files(folder, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("method, where, kernel, tokens", [
     (mae, "folder", (8, 8), 17), (maskfeat, "folder", (8, 8), 17), (vjepa, "videos", (2, 8, 8), 128)])
-def test_pretraining_goes_on_from_an_encoder_alone(method, where, kernel, tokens, request, tmp_path, monkeypatch, capsys):
+def test_pretraining_goes_on_from_an_encoder(method, where, kernel, tokens, request, tmp_path, monkeypatch, capsys):
     """Its weights are taken, the rest is that of a new model; of V-JEPA, the y-encoder is a copy."""
     weights = filled(vit_table(kernel=kernel, tokens=tokens))
     torch.save({"target_encoder" if method is vjepa else "model": weights}, tmp_path / "encoder.pth")
@@ -1103,6 +1103,9 @@ def test_folders_of_frames_with_gaps_grey_and_alpha(tmp_path):
         mode = {2: "L", 3: "RGBA", 9: "P"}.get(number, "RGB")
         Image.new("RGB", (40, 40), (20 * number,) * 3).convert(mode).save(tmp_path / f"{number}.png")
     assert shades(data.read_clips(tmp_path, 6, 1, 1)[0]) == [1, 2, 3, 9, 10, 11]
+    Image.fromarray(np.full((40, 40), 20 * 256 + 20, np.uint16)).save(tmp_path / "1.png")  # one frame of 16 bits
+    clip = data.read_clips(tmp_path, 6, 1, 1)[0]
+    assert clip.dtype == torch.float32 and clip[:2].mean((1, 2, 3)).tolist() == pytest.approx([20 / 255, 40 / 255])
     (tmp_path / "3.png").write_bytes(b"broken")
     with pytest.raises(common.UserError, match="none of the files can be read"):
         data.Samples(data.Files([(tmp_path, 0)], frames=6), lambda clip: clip)
@@ -1514,6 +1517,15 @@ def test_a_second_interrupt_ends_a_run_at_once(tmp_path):
         assert process.stdout.readline() == line
         os.killpg(process.pid, signal.SIGINT)
     assert finish(process).returncode == -signal.SIGINT
+
+
+def test_an_unexpected_error_ends_the_workers_too(tmp_path):
+    code = ("import common, mae, sys\n"
+            f"sys.argv = ['mae.py', '--steps', '9', '--workers', '2', '--device', 'cpu', '--out', {str(tmp_path)!r}]\n"
+            "common.Run.step_done = lambda *_: 1 / 0\n"
+            "common.run_main(mae.main)")
+    done = run("-c", code)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
 @pytest.mark.parametrize("damage", ["cut", "one bit", "hostile", "missing"])

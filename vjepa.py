@@ -310,7 +310,7 @@ def in_time(transform, args):
 
 
 def features_of(encoder):
-    """The function clips -> (B, times * D): tokens, normalised as they are predicted, their mean over space at each time."""
+    """The function clips -> (B, times * D): tokens, normalised as for the predictor, their mean at each time."""
     return lambda clips: F.layer_norm(encoder.eval().tokens(clips).float(), (encoder.dim,)).unflatten(
         1, (encoder.grid[0], -1)).mean(dim=2).flatten(1)
 
@@ -393,7 +393,8 @@ class AttentiveClassifier(nn.Module):
         super().__init__()
         self.heads, self.pooler = heads, nn.Module()  # nested as in the published files
         self.pooler.query_tokens = nn.Parameter(torch.zeros(1, 1, dim))
-        attention = nn.ModuleDict({"q": nn.Linear(dim, dim), "kv": nn.Linear(dim, 2 * dim), "proj": nn.Linear(dim, dim)})
+        attention = nn.ModuleDict({"q": nn.Linear(dim, dim), "kv": nn.Linear(dim, 2 * dim),
+                                   "proj": nn.Linear(dim, dim)})
         attention["proj"].requires_grad_(False)  # the published probe has it and never uses it
         mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
         self.pooler.cross_attention_block = nn.ModuleDict({
