@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import StochasticDepth
 from torchvision.utils import make_grid, save_image
@@ -135,6 +136,14 @@ class Block(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
         x = x + self.drop_path(self.attn["proj"](attended))
         return x + self.drop_path(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
+
+
+def use_checkpointing(model):
+    """Let all blocks keep no activations for the backward pass, but compute them again there."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
+                                              preserve_rng_state=block.drop_path.p > 0)
 
 
 class ViT(nn.Module):
@@ -253,18 +262,23 @@ NETWORKS = ("encoder", "predictor", "target_encoder", "classifier")  # a publish
 def read_checkpoint(path):
     """The dictionary in a checkpoint file. Only tensors and plain values are read: nothing in the file is executed."""
     try:
+        if Path(path).suffix == ".safetensors":  # of the model hubs
+            from safetensors.torch import load_file
+            return {"model": load_file(path)}
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their arguments in one
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load leaves the check sums aside
             raise ValueError("a wrong check sum")
     except (FileNotFoundError, PermissionError, MemoryError) as error:
         raise UserError(f"there is no checkpoint {path} that can be read: {error}") from None
+    except ImportError:
+        raise UserError(f"to read {path}, install safetensors (pip install safetensors)") from None
     except Exception:  # a damaged file makes the reader fail in many ways
         raise UserError(f"{path} is broken or is not a checkpoint of tensors and plain values") from None
     nested = ("model", "model_state", *NETWORKS)
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name, {}), dict) for name in nested):
+    if not isinstance(found, dict) or not all(isinstance(found.get(name, {}), dict) for name in nested):
         raise UserError(f"{path} holds no weights by name")
-    return checkpoint
+    return found
 
 
 def read_weights(path):
@@ -301,6 +315,9 @@ def describe(weights, settings, path):
         depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
         size = next(size for size, (width, blocks, _) in SIZES.items() if (width, blocks) == (dim, depth))
     except (KeyError, IndexError, AttributeError, ValueError, StopIteration):
+        if "pos_embed" not in weights and "blocks.0.norm1.weight" in weights:
+            raise UserError(f"{path} has rotary positions (no pos_embed), as V-JEPA 2 has: only V-JEPA (1) is read "
+                            "here") from None
         needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight")
         lacks = "".join(f"lacks {name} and " for name in needed if name not in weights)
         raise UserError(f"{path} is not a checkpoint of a Vision Transformer of a size known here: it {lacks}has "
@@ -468,7 +485,7 @@ class Run:
     def close(self):
         self.opened.close()
         if self.args.rank == 0 and self.step == self.args.steps and not self.args.benchmark:
-            best = f", the best {self.args.out}/best.pt" if self.best > -math.inf else ""
+            best = f", the highest score {self.args.out}/best.pt" if self.best > -math.inf else ""
             print(f"checkpoint {self.args.out}/last.pt{best}, log {self.file}")
 
     def resume(self):
@@ -507,8 +524,8 @@ class Run:
         if sum_over_processes(torch.tensor(step)) != step * args.processes:
             raise UserError(f"not all processes see the same {out}/last.pt: --out must be on a disk that they share")
         if args.rank == 0:
-            for path in (out / "last.pt", out / "previous.pt", out / "best.pt"):
-                if fresh and path.exists():
+            for path in list(out.glob("*.pt")) if fresh else []:
+                if not path.name.endswith(".old.pt"):
                     os.replace(path, path.with_suffix(".old.pt"))
             if broken:
                 os.replace(broken, out / "last.broken.pt")
@@ -522,7 +539,7 @@ class Run:
     def step_done(self, lr, found=None, **values):
         """The end of a step: counts it, logs and saves where that is due, and ends the run after a signal.
 
-        values: numbers for the log. found: results of a test at this step, logged at once; if its "score" is the
+        values: numbers for the log. found: results of a test at this step, logged at once; if its "score_..." is the
         highest so far, the checkpoint is best.pt too. In all processes it is None, or in none.
         """
         args, self.step = self.args, self.step + 1
@@ -538,11 +555,14 @@ class Run:
             if saving or found is not None or self.step % args.log_every == 0:
                 values |= found or {}
                 self.log(lr=lr, **values)
-                if values.get("score", -math.inf) > self.best:
-                    self.best = values["score"]
+                scores = [value for name, value in values.items() if name.startswith("score")]
+                if scores and scores[0] > self.best:
+                    self.best = scores[0]
                     self.save("best.pt")
             if saving:
                 self.save("last.pt")
+            if args.keep_every and self.step % args.keep_every == 0:
+                self.save(f"step-{self.step:05}.pt")
         if stop or last and args.benchmark:
             self.close()
             sum_over_processes(torch.zeros(1))  # all wait until rank 0 is ready
@@ -660,6 +680,8 @@ def train_classifier(args, model, optimizer, schedule, batches, test, mix=None):
     """
     autocast, scaler = precision_of(args)
     run = Run(args, model, optimizer, scaler)
+    if args.checkpointing:
+        use_checkpointing(model)
     net = DistributedDataParallel(model) if args.processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
@@ -759,7 +781,13 @@ MACHINE = dict(  # where and how a run is made: no settings, so a run goes on al
     accumulate=flag(1, "passes that the batch of each GPU is split into, to save memory"),
     log_every=flag(50, "steps between two lines of log.jsonl", demo=20),
     save_every=flag(1000, "steps between two checkpoints", demo=300),
+    keep_every=flag(None, "steps between two checkpoints that are kept, as step-00500.pt (default: none)", count),
+    checkpointing=flag(False, "compute activations of the blocks twice instead of keeping them, to save memory"),
     benchmark=flag(None, "only time so many training steps, on random tensors, and print a line of JSON", count),
+)
+WATCH = dict(  # of pre-training, no settings either
+    probe_every=flag(1000, "steps between two looks at the features", demo=300),
+    probe_samples=flag(1024, "samples of such a look", demo=200),
 )
 INPUT = dict(
     data=flag(None, "folder of images or videos, list of paths, cifar10 (default: what comes with scikit-image)", str),
@@ -854,7 +882,10 @@ def run_main(main):
         main()
     except SystemExit as end:  # after --help, a benchmark or a signal
         code = end.code
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = ("the GPU is out of memory: use --checkpointing, or twice as many passes (--accumulate); the same "
+                     "command then goes on from the last checkpoint")
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # where rank 0 says the same, torchrun ends the others before they repeat it
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)

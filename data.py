@@ -29,7 +29,8 @@ from tqdm import tqdm
 from common import UserError, height_and_width, mix_seed, precision_of, sum_over_processes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy", ".npz")
+IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy", ".npz", ".avif",
+               ".heic", ".heif")  # what Pillow cannot read on a machine is skipped and counted
 VIDEO_FILES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 
 # ------------------------------------------------------------------------------------------------------------ sources
@@ -232,7 +233,7 @@ def read_image(path, channels=3):
     that are not finite.
     """
     suffix = Path(path).suffix.lower()
-    if suffix in (".npy", ".npz"):  # (H, W) or (H, W, C); mapped: no larger than the file
+    if suffix in (".npy", ".npz"):  # (H, W), (H, W, C) or (C, H, W); mapped: no larger than the file
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if suffix == ".npz":
             if array.zip.infolist()[0].file_size > 16 * Image.MAX_IMAGE_PIXELS:
@@ -244,13 +245,13 @@ def read_image(path, channels=3):
             if math.prod(file.series[0].shape) > 16 * Image.MAX_IMAGE_PIXELS:
                 raise ValueError("it claims a size that could be a decompression bomb")
             array = file.asarray()
-        if array.ndim == 3 and array.shape[2] != channels:  # a page for each channel
-            array = array.transpose(1, 2, 0)
     else:
         image = Image.open(path)
         if channels in (1, 3) and not image.mode.startswith(("I", "F")):
             return image.convert("RGB" if channels == 3 else "L")
         array = np.asarray(image)
+    if array.ndim == 3 and array.shape[0] == channels != array.shape[2]:  # channels first, or a page for each
+        array = array.transpose(1, 2, 0)
     array = array[..., None] if array.ndim == 2 else array
     if array.shape[-1] == 1 and channels == 3:  # 16-bit grey
         array = array.repeat(3, axis=-1)
@@ -646,23 +647,27 @@ def spread_and_rank(x):
     return x.std(dim=0).mean().item(), torch.exp(-torch.xlogy(share, share).sum()).item()
 
 
-def watch(encoder, samples, args, device, labelled):
-    """For the log, what features of held-out clips are worth at this step: spread, rank, and where there are labels the
-    accuracy of nearest neighbours, their mean as the score. Warns of a collapse.
+def watch(encoder, train, held_out, args, device, labelled):
+    """For the log, what features of held-out samples are worth: spread, rank, accuracy of nearest neighbours where there
+    are labels. And the score by which best.pt is chosen, from *training* samples alone: the mean of these accuracies
+    (`score_knn`), or where there are no labels the rank (`score_rank`). Warns of a collapse.
     """
-    (x,), labels = features([encoder], samples, args, device, args.probe_clips)
-    if not x.isfinite().all():
-        return {}  # the loss is not finite either, which ends the run
-    spread, rank = spread_and_rank(x)
-    found = {"spread": spread, "rank": rank}
-    if labelled:
-        known = by_label(samples.source, labels)
-        found |= {f"knn_{name}": nearest_neighbours(x, of_name) for name, of_name in known.items()}
-        found["score"] = sum(found[f"knn_{name}"] for name in known) / len(known)
-    if spread < 0.1 or rank < 2:  # a healthy run has a spread of 0.4 and more
-        tqdm.write(f"warning: the features collapse (spread {spread:.3f}, effective rank {rank:.1f}): all clips look "
-                   "alike to the encoder. Lower --base-lr, raise --momentum or --batch-size.", sys.stderr)
-    return found
+    looks = []
+    for samples in (held_out, train):
+        (x,), labels = features([encoder], samples, args, device, args.probe_samples)
+        if not x.isfinite().all():
+            return {}  # the loss is not finite either, which ends the run
+        known = by_label(samples.source, labels) if labelled else {}
+        look = dict(zip(("spread", "rank"), spread_and_rank(x)))
+        looks.append(look | {f"knn_{name}": nearest_neighbours(x, of_name) for name, of_name in known.items()})
+    found, of_training = looks
+    accuracies = [value for name, value in of_training.items() if name.startswith("knn_")]
+    if found["spread"] < 0.1 or found["rank"] < 2:  # a healthy run of V-JEPA has a spread of 0.4 and more
+        tqdm.write("warning: the features collapse (spread {spread:.3f}, effective rank {rank:.1f}): all samples look "
+                   "alike to the encoder. Lower --base-lr, raise --batch-size, or in V-JEPA --momentum."
+                   .format(**found), sys.stderr)
+    score = {"score_knn": sum(accuracies) / len(accuracies)} if accuracies else {"score_rank": of_training["rank"]}
+    return found | score
 
 
 def ridge_probe(train_features, train_labels, features, labels, penalty=1e-4):

@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, Block, PatchEmbed, Run, UserError,
-                    ViT, accuracy, cosine, describe, flag, grid_of, height_x_width, join_processes, load_model,
-                    load_strictly, mix_seed, no_sync, parameter_groups, parse_command_line, patchify, precision_of, put,
-                    read_weights, run_main, save_pictures, share, sincos, sincos_1d, take, train_classifier, unpatchify)
+from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, WATCH, Block, PatchEmbed, Run,
+                    UserError, ViT, accuracy, cosine, describe, flag, grid_of, height_x_width, join_processes,
+                    load_model, load_strictly, mix_seed, no_sync, parameter_groups, parse_command_line, patchify,
+                    precision_of, put, read_weights, run_main, save_pictures, share, sincos, sincos_1d, take,
+                    train_classifier, unpatchify, use_checkpointing)
 
 MODEL = CHANNELS | dict(
     size=flag("base", "of the encoder", list(SIZES), demo="nano"),
@@ -79,7 +80,10 @@ LINPROBE = INPUT | MODEL | TRAINING | CLASSIFICATION | dict(  # Table 10
     weight_decay=flag(0.0, "of SGD"),
     smoothing=flag(0.0, "label smoothing", share),
 )
-SHOW = INPUT | MODEL | AUTOENCODER | dict(image=flag(None, "photograph for show (default: some of --data)", str))
+SHOW = INPUT | MODEL | AUTOENCODER | dict(
+    norm_pix_loss=flag(False, "the predictions are pixels normalised by each patch's own mean and deviation"),
+    image=flag(None, "photograph for show (default: some of --data)", str),
+)
 
 # ------------------------------------------------------------------------------------------------------------ masking
 # A mask is two lists of places, visible (B, N) and hidden (B, M): numbers of patches in raster order.
@@ -402,11 +406,15 @@ def pretrain(args):
     train_source, val_source, classes = open_images(args, labelled=False)
     data.settle(args, train_source)
     samples = data.Samples(train_source, data.crop_and_flip(args.image_size, scale=(0.2, 1.0)), args.seed)
+    view = data.CentreCrop(args.image_size)
+    train, val = (data.Samples(x, view, replace=False) for x in (train_source, val_source or train_source))
 
     model = new_model(args).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
     autocast, scaler = precision_of(args)
     run = Run(args, model, optimizer, scaler)
+    if args.checkpointing:
+        use_checkpointing(model)
     net = DistributedDataParallel(model) if args.processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
@@ -434,12 +442,15 @@ def pretrain(args):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        run.step_done(lr)
+
+        found = None
+        if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
+            found = data.watch(features_of(model), train, val, args, device, bool(classes)) if args.rank == 0 else {}
+            model.train()
+        run.step_done(lr, found)
     run.close()
 
     if args.rank == 0:
-        view = data.CentreCrop(args.image_size)
-        train, val = (data.Samples(x, view, replace=False) for x in (train_source, val_source or train_source))
         save_picture(model, val, args, device)
         if classes:
             models = {"before training": new_model(args).to(device), "after": model}
@@ -557,6 +568,10 @@ def save_picture(model, samples, args, device):
 def show(args):
     """Write the picture of `save_picture` for --image, or for some images of --data."""
     device, args.data = join_processes(args), args.image or args.data
+    if not read_weights(args.init)[1]:
+        print(f"{args.init} does not say what it predicts: taken for "
+              + ("normalised pixels; --no-norm-pix-loss if it is a mae_visualize_vit_*.pth" if args.norm_pix_loss else
+                 "plain pixels, as mae_visualize_vit_*.pth; --norm-pix-loss if it is a mae_pretrain_vit_*_full.pth"))
     train_source, val_source, _ = open_images(args, labelled=False)
     source = val_source or train_source
     data.settle(args, source)
@@ -564,7 +579,7 @@ def show(args):
     save_picture(new_model(args).to(device), samples, args, device)
 
 
-TASKS = {"pretrain": (pretrain, PRETRAIN, {}), "finetune": (classify, FINETUNE, {}),
+TASKS = {"pretrain": (pretrain, PRETRAIN, WATCH), "finetune": (classify, FINETUNE, {}),
          "linprobe": (classify, LINPROBE, {}), "show": (show, SHOW, {})}
 
 

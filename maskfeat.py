@@ -30,10 +30,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.functional import pil_to_tensor
 
 import data
-from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, Run, UserError, ViT, accuracy,
-                    cosine, flag, grid_of, height_x_width, join_processes, load_model, load_strictly, mix_seed, no_sync,
-                    parameter_groups, parse_command_line, patchify, precision_of, put, read_weights, run_main,
-                    save_pictures, share, take, train_classifier, unpatchify)
+from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, WATCH, Run, UserError, ViT,
+                    accuracy, cosine, flag, grid_of, height_x_width, join_processes, load_model, load_strictly,
+                    mix_seed, no_sync, parameter_groups, parse_command_line, patchify, precision_of, put, read_weights,
+                    run_main, save_pictures, share, take, train_classifier, unpatchify, use_checkpointing)
 
 # The values for video are those published for MViTv2, of which our ViT takes the place.
 MODEL = CHANNELS | dict(
@@ -261,11 +261,15 @@ def pretrain(args):
     data.settle(args, train_source)
     augmentation = data.crop_and_flip(args.image_size, scale=(0.5, 1.0), flip=args.flip)
     samples = data.Samples(train_source, augmentation, args.seed)
+    view = data.CentreCrop(args.image_size)
+    train, val = (data.Samples(x, view, replace=False) for x in (train_source, val_source or train_source))
 
     model = new_model(args).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=True)
     autocast, scaler = precision_of(args)
     run = Run(args, model, optimizer, scaler)
+    if args.checkpointing:
+        use_checkpointing(model)
     net = DistributedDataParallel(model) if args.processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
@@ -293,12 +297,15 @@ def pretrain(args):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        run.step_done(lr)
+
+        found = None
+        if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
+            found = data.watch(features_of(model), train, val, args, device, bool(classes)) if args.rank == 0 else {}
+            model.train()
+        run.step_done(lr, found)
     run.close()
 
     if args.rank == 0:
-        view = data.CentreCrop(args.image_size)
-        train, val = (data.Samples(x, view, replace=False) for x in (train_source, val_source or train_source))
         save_picture(model, val, args, device)
         if classes:
             models = {"before training": new_model(args).to(device), "after": model}
@@ -437,7 +444,7 @@ def show(args):
     save_picture(new_model(args).to(device), data.Samples(source, data.CentreCrop(args.image_size)), args, device)
 
 
-TASKS = {"pretrain": (pretrain, PRETRAIN, {}), "finetune": (finetune, FINETUNE, {}), "show": (show, SHOW, {})}
+TASKS = {"pretrain": (pretrain, PRETRAIN, WATCH), "finetune": (finetune, FINETUNE, {}), "show": (show, SHOW, {})}
 
 
 def main():

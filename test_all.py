@@ -577,6 +577,9 @@ def test_published_mae_files(folder, tmp_path, monkeypatch, capsys):
     image = next((folder / "test/coffee").glob("*.png"))
     main(monkeypatch, "show", "--init", whole, "--image", image, "--out", tmp_path / "show")
     assert (tmp_path / "show/reconstruction.png").exists()
+    assert "taken for plain pixels" in capsys.readouterr().out
+    main(monkeypatch, "show", "--init", whole, "--image", image, "--out", tmp_path / "show", "--norm-pix-loss")
+    assert "taken for normalised pixels" in capsys.readouterr().out
     main(monkeypatch, "finetune", "--eval-only", "--init", tuned, "--data", folder, "--workers", 0, "--device", "cpu")
     assert "of 12 validation samples" in capsys.readouterr().out
     with pytest.raises(common.UserError, match="mae_pretrain_vit_nano.pth holds an encoder alone: show needs"):
@@ -649,6 +652,7 @@ def test_published_maskfeat_files(folder, tmp_path, monkeypatch):
      "the unexpected a, b, c and 1 more; it has another shape for blocks.2.norm1.weight$"),
     ({"patch_embed.proj.weight": None}, "lacks patch_embed.proj.weight and has pos_embed, patch_embed.proj.bias"),
     ({"blocks.9.norm1.weight": (128,)}, "of a size known here: it has pos_embed"),
+    ({"pos_embed": None}, "has rotary positions .no pos_embed., as V-JEPA 2"),
 ])
 def test_a_file_that_does_not_fit_is_named_in_one_sentence(change, message, tmp_path):
     table = {name: shape for name, shape in (vit_table() | change).items() if shape}
@@ -821,14 +825,99 @@ def test_scenes_of_bands_and_dates():
     assert len(val[0]) == 2 and val[0][0].shape[0] == 6
 
 
+def test_best_is_chosen_by_training_samples(folder, tmp_path, monkeypatch):
+    """In every script; without labels by the rank. And checkpoints are kept every so many steps."""
+    shutil.copytree(folder / "train", tmp_path / "unlabelled")
+    scores, watch = iter([1.0, 3.0, 2.0] * 3), data.watch
+    monkeypatch.setattr(data, "watch", lambda *rest: {"score_knn": next(scores)} | {
+        name: value for name, value in watch(*rest).items() if not name.startswith("score")})
+    for method, tiny in ((mae, TINY_FLAGS), (maskfeat, MASKFEAT_FLAGS), (vjepa, [*VJEPA_FLAGS, "--still"])):
+        out = tmp_path / method.__name__
+        flags = ["--data", folder, *tiny, "--steps", 3, "--probe-every", 1, "--keep-every", 2, "--out", out]
+        main(monkeypatch, *flags, method=method)
+        record = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1]
+        assert {"spread", "rank", "knn_class"} <= set(record)
+        assert common.read_checkpoint(out / "best.pt")["step"] == 2
+        kept = sorted(path.name for path in out.glob("step-*.pt"))
+        assert kept == ["step-00002.pt"] and common.read_checkpoint(out / kept[0])["step"] == 2
+    monkeypatch.undo()
+    used, features = [], data.features
+    monkeypatch.setattr(data, "features", lambda e, samples, *rest: used.append(samples.source) or features(e, samples,
+                                                                                                          *rest))
+    flags = [*TINY_FLAGS, "--steps", 2, "--probe-every", 1, "--out", tmp_path / "none"]
+    main(monkeypatch, "--data", tmp_path / "unlabelled", *flags)
+    record = json.loads((tmp_path / "none/log.jsonl").read_text().splitlines()[0])
+    assert record["score_rank"] == pytest.approx(record["rank"]) and (tmp_path / "none/best.pt").exists()
+    main(monkeypatch, "--data", folder, *flags, "--fresh", "--keep-every", 1)
+    assert (tmp_path / "none/best.old.pt").exists()
+    assert [len(source) for source in used[-6:-2]] == [12, 24] * 2  # held-out, and the training samples for the score
+
+
+def test_a_file_of_a_model_hub(tmp_path, monkeypatch):
+    """With timm's names, as vit_base_patch16_224.mae has them."""
+    weights, header, body = filled(vit_table()), {}, b""
+    for name, weight in weights.items():
+        raw = weight.numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(weight.shape), "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + body)
+    try:
+        import safetensors.torch  # noqa: F401
+    except ImportError:  # optional: a reader in its place
+        module = type(sys)("safetensors.torch")
+        module.load_file = lambda path: {name: torch.frombuffer(bytearray(
+            body[x["data_offsets"][0]:x["data_offsets"][1]]), dtype=torch.float32).view(x["shape"])
+            for name, x in header.items()}
+        monkeypatch.setitem(sys.modules, "safetensors", type(sys)("safetensors"))
+        monkeypatch.setitem(sys.modules, "safetensors.torch", module)
+    vit = common.ViT.load(tmp_path / "model.safetensors")
+    assert all(torch.equal(weight, weights[name]) for name, weight in vit.state_dict().items())
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(common.UserError, match="model.safetensors, install safetensors"):
+        common.ViT.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("method, tiny, where", [(mae, TINY_FLAGS, "folder"), (vjepa, VJEPA_FLAGS, "videos")])
+def test_checkpointing_keeps_less_and_changes_nothing(method, tiny, where, request, tmp_path, monkeypatch):
+    flags = ["--data", request.getfixturevalue(where), "--steps", 3, *tiny]
+    monkeypatch.setattr(data, "print_probe", lambda *_: None)
+    main(monkeypatch, "--out", tmp_path / "plain", *flags, method=method)
+    main(monkeypatch, "--out", tmp_path / "twice", *flags, "--checkpointing", method=method)
+    assert losses(tmp_path / "twice") == losses(tmp_path / "plain")
+    kept, model = [], tiny_mae()
+    for _ in range(2):
+        kept.append(0)
+
+        def note(tensor):
+            kept[-1] += tensor.nbytes
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(torch.randn(8, 3, 32, 32), *random_places(8))
+        common.use_checkpointing(model)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_out_of_memory_is_one_sentence(monkeypatch, capsys):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(sys, "argv", ["mae.py"])
+    with pytest.raises(SystemExit) as exit:
+        common.run_main(full)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "--checkpointing" in error and "--accumulate" in error and len(error.splitlines()) == 1
+
+
 def test_arrays_and_tiff_files_of_any_channels(tmp_path):
     array = np.random.default_rng(0).integers(0, 65535, (40, 48, 5)).astype(np.uint16)
     np.save(tmp_path / "a.npy", array)
     np.savez_compressed(tmp_path / "b.npz", array)
     tifffile.imwrite(tmp_path / "c.tif", array)
     tifffile.imwrite(tmp_path / "d.tif", array.transpose(2, 0, 1))  # a page for each channel
+    np.save(tmp_path / "e.npy", array.transpose(2, 0, 1))
+    np.savez(tmp_path / "f.npz", array.transpose(2, 0, 1))
     expected = torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1) / 65535
-    for name in ("a.npy", "b.npz", "c.tif", "d.tif"):
+    for name in ("a.npy", "b.npz", "c.tif", "d.tif", "e.npy", "f.npz"):
         assert torch.allclose(data.read_image(tmp_path / name, 5), expected)
     with pytest.raises(ValueError, match="not 4 channels"):
         data.read_image(tmp_path / "c.tif", 4)
@@ -1411,7 +1500,7 @@ def test_a_collapse_is_noticed(tmp_path, monkeypatch, capsys):
         model.predictor.requires_grad_(False)
         return model
     monkeypatch.setattr(vjepa, "new_model", without_predictor)
-    flags = ["--momentum", 0, "--stretch", 1000, "--steps", 120, "--probe-every", 40, "--probe-clips", 20]
+    flags = ["--momentum", 0, "--stretch", 1000, "--steps", 120, "--probe-every", 40, "--probe-samples", 20]
     main(monkeypatch, *flags, "--base-lr", 4, *VJEPA_FLAGS, "--out", tmp_path / "run", method=vjepa)
     assert "the features collapse" in capsys.readouterr().err
 
@@ -1662,6 +1751,7 @@ def test_broken_files_among_many(tmp_path, monkeypatch, capfd):
     (images / "truncated.jpg").write_bytes(whole[:len(whole) // 2])
     (images / "empty.jpg").write_bytes(b"")
     (images / "text.jpg").write_text("no image")
+    (images / "text.heic").write_text("no image")
     png = b"\x89PNG\r\n\x1a\n"
     for chunk in (b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00", b"IDAT"):  # 60,000 x 60,000
         png += (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
@@ -1673,9 +1763,9 @@ def test_broken_files_among_many(tmp_path, monkeypatch, capfd):
     main(monkeypatch, *flags, "--workers", 2)
     error = capfd.readouterr().err
     assert len(losses(tmp_path / "run")) == 23
-    for name in ("truncated.jpg", "empty.jpg", "text.jpg", "bomb.png"):
+    for name in ("truncated.jpg", "empty.jpg", "text.jpg", "text.heic", "bomb.png"):
         assert error.count(f"read: {images / name} (") == 1
-    assert "decompression bomb" in error and error.count("skipped, since") == 4 and "4 of 707 files" in error
+    assert "decompression bomb" in error and error.count("skipped, since") == 5 and "5 of 708 files" in error
     for name in ("cmyk.jpg", "palette.png", "16 bit.png"):
         assert data.CentreCrop(32)(data.read_image(images / name)).shape == (3, 32, 32)
 
@@ -1742,7 +1832,7 @@ def test_vjepa_by_command_line(videos, folder, checkpoint, tmp_path, monkeypatch
     printed = vjepa_main(*VJEPA_FLAGS, *flags, "--steps", 3, "--probe-every", 2, "--out", out)
     assert "validation samples, class: " in printed and str(out / "best.pt") in printed
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert {"step", "loss", "lr", "momentum", "knn_class", "spread", "rank"} <= set(records[1])
+    assert {"step", "loss", "lr", "momentum", "knn_class", "spread", "rank", "score_knn"} <= set(records[1])
     assert "rank" not in records[0]
     best, last = (common.read_checkpoint(out / name) for name in ("best.pt", "last.pt"))
     assert best["step"] in (2, 3) and last["step"] == 3
@@ -1901,7 +1991,7 @@ def test_hog_on_a_gpu_is_that_on_a_cpu():
 
 def test_the_demo_of_vjepa_does_not_collapse(tmp_path):
     """A part of the demo: no warning, as long as the loss falls; the whole one is in the README."""
-    flags = ["--steps", 60, "--log-every", 5, "--probe-every", 30, "--probe-clips", 30, "--device", "cpu"]
+    flags = ["--steps", 60, "--log-every", 5, "--probe-every", 30, "--probe-samples", 30, "--device", "cpu"]
     done = run("vjepa.py", *flags, "--out", tmp_path / "run")
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -2114,7 +2204,7 @@ def test_every_command_of_the_readme_runs(folder, videos, places, tmp_path, monk
     for name, weights in published.items():
         torch.save(weights, name)
     small = {"size": "nano", "image_size": 32, "patch_size": 8, "predictor_depth": 1, "decoder_depth": 1, "steps": 1,
-             "cell": 8, "batch_size": 4, "accumulate": 1, "mask_group": 4, "probe_clips": 4, "workers": 0,
+             "cell": 8, "batch_size": 4, "accumulate": 1, "mask_group": 4, "probe_samples": 4, "workers": 0,
              "device": "cpu"}
     for method, words in commands:
         script = {"mae": mae, "maskfeat": maskfeat, "vjepa": vjepa}[method]

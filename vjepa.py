@@ -35,10 +35,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 
 import data
-from common import (CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, Block, Run, UserError, ViT, accuracy, cosine,
-                    count, flag, height_x_width, initialise, join_processes, load_model, load_strictly, mix_seed,
-                    no_sync, number, parameter_groups, parse_command_line, precision_of, read_weights, run_main,
-                    save_pictures, share, sincos, take, train_classifier)
+from common import (CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, WATCH, Block, Run, UserError, ViT, accuracy,
+                    cosine, count, flag, height_x_width, initialise, join_processes, load_model, load_strictly,
+                    mix_seed, no_sync, number, parameter_groups, parse_command_line, precision_of, read_weights,
+                    run_main, save_pictures, share, sincos, take, train_classifier, use_checkpointing)
 
 MODEL = CHANNELS | dict(
     size=flag("large", "of the encoder", list(SIZES), demo="nano"),
@@ -71,17 +71,14 @@ PRETRAIN = INPUT | MODEL | STILL | MASKING | PREDICTOR | TRAINING | dict(
     warmup=flag(40 / 300, "share of the steps in which the learning rate rises", share, demo=0.2),
     weight_decay=flag(0.04, "of AdamW at the start of the schedule"),
     final_weight_decay=flag(0.4, "of AdamW at its end"),
-    momentum=flag(0.998, "of the y-encoder at the start; it rises to 1 at the end of the schedule", share, demo=0.99),
+    momentum=flag(0.998, "of the y-encoder at the start of the schedule", share, demo=0.99),
+    final_momentum=flag(1.0, "of the y-encoder at its end", share),
     stretch=flag(1.25, "length of the schedules over that of the training, which cuts them off",
                  functools.partial(number, least=1), demo=2.5),
     clip_grad=flag(10.0, "largest L2 norm of the gradient, of encoder and predictor apart"),
     flip=flag(True, "mirror half of the training samples"),
 )
-WATCH = dict(
-    probe_every=flag(1000, "steps between two looks at the features", demo=300),
-    probe_clips=flag(1024, "clips of such a look", demo=200),
-    probe_labels=flag(1.0, "share of its training clips that the probe after the training gets", share),
-)
+FINAL_PROBE = dict(probe_labels=flag(1.0, "share of its training clips that the probe after the training gets", share))
 PROBE = INPUT | MODEL | STILL | TRAINING | CLASSIFICATION | dict(
     label=flag("motion", "what to classify in the built-in clips", ["photograph", "motion"]),
     segments=flag(8, "clips of each video, whose tokens the probe attends to together", demo=1),
@@ -322,12 +319,14 @@ def pretrain(args):
     augmentation = data.crop_and_flip(args.image_size, (0.3, 1.0), args.flip, (0.75, 1.35), data.BILINEAR)
     samples = data.Samples(train_source, in_time(augmentation, args), args.seed)
     view = in_time(data.CentreCrop(args.image_size), args)
-    held_out = data.Samples(val_source or train_source, view, replace=False)
+    train, val = (data.Samples(x, view, replace=False) for x in (train_source, val_source or train_source))
 
     model = new_model(args).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=True)
     autocast, scaler = precision_of(args)
     run = Run(args, model, optimizer, scaler)
+    if args.checkpointing:
+        use_checkpointing(model)
     # One module for both networks. The y-encoder needs no gradient, so DDP only copies it once, at the start.
     net = DistributedDataParallel(model) if args.processes > 1 else model
     net = torch.compile(net) if args.compile else net
@@ -338,7 +337,7 @@ def pretrain(args):
         peak = args.base_lr * args.batch_size / 256
         lr = cosine(step + 1, horizon, args.warmup * args.steps, peak, args.min_lr, args.start_lr * peak)
         weight_decay = cosine(step + 1, horizon, 0, args.weight_decay, args.final_weight_decay)
-        momentum = args.momentum + (1 - args.momentum) * step / horizon
+        momentum = args.momentum + (args.final_momentum - args.momentum) * step / horizon
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, weight_decay * group["decays"]
 
@@ -366,20 +365,19 @@ def pretrain(args):
 
         found = None
         if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
-            encoder = features_of(model.target_encoder)
-            found = data.watch(encoder, held_out, args, device, bool(classes)) if args.rank == 0 else {}
+            features = features_of(model.target_encoder)
+            found = data.watch(features, train, val, args, device, bool(classes)) if args.rank == 0 else {}
         run.step_done(lr, found, momentum=momentum)
     run.close()
 
     if args.rank == 0:
-        save_picture(model.target_encoder, held_out, args, device)
+        save_picture(model.target_encoder, val, args, device)
         if classes:
             encoders = {"before training": new_model(args).to(device).target_encoder, "after": model.target_encoder,
                         "in best.pt": ViT.load(Path(args.out, "best.pt")).to(device)}
             encoders = {when: features_of(encoder) for when, encoder in encoders.items()}
-            clips = 15 * args.probe_clips
-            data.print_probe(encoders, data.Samples(train_source, view, replace=False), held_out, args, device,
-                             max(2, round(args.probe_labels * clips)), clips)
+            clips = 15 * args.probe_samples
+            data.print_probe(encoders, train, val, args, device, max(2, round(args.probe_labels * clips)), clips)
     data.report_unreadable(args, train_source, val_source)
 
 
@@ -531,7 +529,7 @@ def show(args):
     save_picture(encoder, samples, args, device)
 
 
-TASKS = {"pretrain": (pretrain, PRETRAIN, WATCH), "probe": (classify, PROBE, {}), "finetune": (classify, FINETUNE, {}),
+TASKS = {"pretrain": (pretrain, PRETRAIN, WATCH | FINAL_PROBE), "probe": (classify, PROBE, {}), "finetune": (classify, FINETUNE, {}),
          "show": (show, SHOW, {})}
 
 
