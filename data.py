@@ -471,12 +471,12 @@ class Samples(Dataset):
     series (C, dates, H, W), clips (views, segments, C, T, H, W).
 
     Augmentation and time of a clip are seeded by (seed, position), where position is the place of the draw in the whole
-    run. The next readable file takes the place of an unreadable one; without `replace`, as in a test, which must not
-    count a sample twice, with the label -1. Raises UserError if no file can be read.
+    run. The next readable file takes the place of an unreadable one; otherwise, as in a test, which must not count a
+    sample twice, it has the label -1. Raises UserError if no file can be read.
     """
 
-    def __init__(self, source, transform, seed=0, replace=True):
-        self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
+    def __init__(self, source, transform, seed=0, replace_unreadable=True):
+        self.source, self.transform, self.seed, self.replace_unreadable = source, transform, seed, replace_unreadable
         if not any(source[index] for index in range(len(source))):
             raise UserError(f"none of the files can be read, for instance {os.fsdecode(source.names[0])}")
 
@@ -488,7 +488,8 @@ class Samples(Dataset):
             while (sample := self.source[readable]) is None:
                 readable = (readable + 1) % len(self.source)
             pixels, label, *stamps = sample
-            pixels, label = self.transform(pixels), label if self.replace or readable == index else -1
+            label = label if self.replace_unreadable or readable == index else -1
+            pixels = self.transform(pixels)
         if pixels.ndim > 3:  # channels before time
             pixels = pixels.transpose(-4, -3)
         return (pixels[None] if pixels.ndim == 5 else pixels), label, *stamps
@@ -648,9 +649,9 @@ def spread_and_rank(x):
 
 
 def watch(encoder, train, held_out, args, device, labelled):
-    """For the log, what features of held-out samples are worth: spread, rank, accuracy of nearest neighbours where there
-    are labels. And the score by which best.pt is chosen, from *training* samples alone: the mean of these accuracies
-    (`score_knn`), or where there are no labels the rank (`score_rank`). Warns of a collapse.
+    """For the log, what features of held-out samples are worth: spread, rank, and where there are labels the accuracy
+    of nearest neighbours. And the score by which best.pt is chosen, from *training* samples alone: the mean of these
+    accuracies (`score_knn`), or where there are no labels the rank (`score_rank`). Warns of a collapse.
     """
     looks = []
     for samples in (held_out, train):

@@ -1,7 +1,7 @@
 """MAE: "Masked Autoencoders Are Scalable Vision Learners", He et al. 2021, arXiv 2111.06377.
 
 Hide three quarters of an image's patches, encode the visible quarter only, and let a small decoder fill in the pixels
-of the hidden ones from those codes and a learned mask token. To do that well the encoder has to understand the image.
+of the hidden ones from those tokens and a learned mask token. To do that well the encoder has to understand the image.
 It never sees a mask token, which makes it both better and cheaper; the decoder is thrown away afterwards.
 
     images (B, C, H, W)
@@ -35,6 +35,7 @@ from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINI
                     precision_of, put, read_weights, run_main, save_pictures, share, sincos, sincos_1d, take,
                     train_classifier, unpatchify, use_checkpointing)
 
+# flag(the paper's value for ViT-B, meaning, kind, values for other sizes and in the demo on the built-in photographs)
 MODEL = CHANNELS | dict(
     size=flag("base", "of the encoder", list(SIZES), demo="nano"),
     image_size=flag(224, "pixels, a number or HEIGHTxWIDTH", height_x_width, demo=64),
@@ -86,7 +87,7 @@ SHOW = INPUT | MODEL | AUTOENCODER | dict(
 )
 
 # ------------------------------------------------------------------------------------------------------------ masking
-# A mask is two lists of places, visible (B, N) and hidden (B, M): numbers of patches in raster order.
+# A mask is two lists of places, visible (B, N) and hidden (B, M): indices of the L patches in raster order.
 
 
 def split(noise, ratio):
@@ -177,16 +178,17 @@ class MAE(ViT):
 
     def forward(self, images, visible, hidden):
         """images (B, C, H, W), places visible (B, N) and hidden (B, M) -> (loss, pred (B, L, P*P*C))."""
-        x = self.embed(images)  # (B, L, D), positions added
-        if self.encoder_mask_token is not None:  # the encoder sees all places
-            x = put(x, hidden, self.encoder_mask_token + take(self.pos_embed[:, 1:].expand_as(x), hidden))
+        x = self.embed(images)  # (B, L, D), positions added; `encode` adds the class token
+        if self.encoder_mask_token is not None:  # hidden patches are replaced by a token, none is dropped: N = L
+            positions = take(self.pos_embed[:, 1:].expand_as(x), hidden)  # (B, M, D)
+            x = put(x, hidden, self.encoder_mask_token + positions)
             visible = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         x = self.encode(take(x, visible))  # (B, 1 + N, D), the class token first
 
         x = self.decoder_embed(x)  # (B, 1 + N, decoder_dim)
         mask_tokens = self.mask_token.expand(len(x), math.prod(self.grid), -1)
-        patches = put(mask_tokens, visible, x[:, 1:])  # (B, L, decoder_dim)
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # (B, 1 + L, decoder_dim)
+        tokens = put(mask_tokens, visible, x[:, 1:])  # (B, L, decoder_dim)
+        x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed  # (B, 1 + L, decoder_dim)
         for block in self.decoder_blocks:
             x = block(x)
         pred = self.decoder_pred(self.decoder_norm(x)[:, 1:])  # (B, L, P*P*C)
@@ -217,7 +219,7 @@ def positions_of_slices(table, codes):
 
 
 def pick(x, dim, indices):
-    """x at some indices of a dimension. With a list as index, a GPU would be waited for."""
+    """x at some indices of a dimension. `x[:, list]` would copy the list to the GPU and wait for it."""
     return torch.stack([x.select(dim, index) for index in indices], dim)
 
 
@@ -316,12 +318,12 @@ class SatMAE(SatelliteViT, MAE):
             return [self.decoder_pred(part) for part in x]
         slots = torch.cat([layer(part).unflatten(2, (len(group), -1))  # (B, L, C, P*P), in the order of the groups
                            for layer, part, group in zip(self.decoder_pred, x, self.bands)], dim=2)
-        # The published code takes the k-th of them for the k-th band, though the groups may have another order.
+        # As published, output k predicts the k-th lowest band, even where the groups have another order.
         used = sorted(band for group in self.bands for band in group)
         return [pick(slots, 2, [used.index(band) for band in group]).transpose(2, 3).flatten(2) for group in self.bands]
 
     def target(self, images):
-        """As in `MAE`, three lists. The bands of a patch are normalised together."""
+        """As in `MAE`, an entry for each slice. The bands of all groups of a patch are normalised together."""
         if not self.bands:
             return tuple(zip(*(super(SatMAE, self).target(image) for image in images.unbind(dim=2))))
         target, *statistics = super().target(pick(images, 1, [band for group in self.bands for band in group]))
@@ -340,18 +342,19 @@ class SatMAE(SatelliteViT, MAE):
             x = block(x)
         pred = self.predict(self.decoder_norm(x)[:, 1:])
 
+        # The error of every token first, since slices may differ in pixels; each hidden token weighs the same.
         errors = [(p.float() - t).square().mean(dim=2) for p, t in zip(pred, self.target(images)[0])]  # each (B, L)
         return torch.cat(errors, dim=1).gather(1, hidden).mean(), pred
 
 
 def masks_of_slices(masking, slices, consistent, batch, grid, ratio, generator, device):
-    """(visible, hidden) among the S * L tokens. consistent: the same places in all slices; else each slice has its own,
-    and random ones are drawn among all tokens, which the paper found better.
+    """(visible, hidden) among the S * L tokens. consistent: the same places in all slices. Otherwise, which the paper
+    found better, random masks are drawn once among all tokens, and others for each slice by itself.
     """
     if masking == "random" and not consistent:
         return random_mask(batch, (slices, *grid), ratio, generator, device)
     own = 1 if consistent else slices
-    first = math.prod(grid) * torch.arange(slices, device=device)[:, None]  # token of each slice
+    first = math.prod(grid) * torch.arange(slices, device=device)[:, None]  # index of each slice's first token
     return tuple((ids.unflatten(0, (batch, own)) + first).flatten(1)
                  for ids in MASKS[masking](batch * own, grid, ratio, generator, device))
 
@@ -402,17 +405,18 @@ def draw_masks(args, batch, generator, device):
 
 
 def pretrain(args):
+    """The task `pretrain` (Table 8); at its end a picture, and where the images have labels a probe of the features."""
     device = join_processes(args)
-    train_source, val_source, classes = open_images(args, labelled=False)
-    data.settle(args, train_source)
+    train_source, val_source, classes = open_images(args, labelled=False)  # labels where there are some
+    data.settle(args, train_source)  # fills in args.steps, args.mean and args.std
     samples = data.Samples(train_source, data.crop_and_flip(args.image_size, scale=(0.2, 1.0)), args.seed)
     view = data.CentreCrop(args.image_size)
-    train, val = (data.Samples(x, view, replace=False) for x in (train_source, val_source or train_source))
+    train, val = (data.Samples(x, view, replace_unreadable=False) for x in (train_source, val_source or train_source))
 
     model = new_model(args).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
     autocast, scaler = precision_of(args)
-    run = Run(args, model, optimizer, scaler)
+    run = Run(args, model, optimizer, scaler)  # goes on from --out, if there is a run: then run.step > 0
     if args.checkpointing:
         use_checkpointing(model)
     net = DistributedDataParallel(model) if args.processes > 1 else model
@@ -425,13 +429,13 @@ def pretrain(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Every process draws the masks of the whole batch and takes its rows: their number does not change the run.
+        # Every process draws the masks of the whole batch and uses its own rows: the number of GPUs changes nothing.
         generator.manual_seed(mix_seed(args.seed, step))
         visible, hidden = draw_masks(args, args.batch_size, generator, device)
         for part in range(args.accumulate):
             rows = data.rows_of_process(args, part)
-            images, _, *stamps = next(batches)  # (B, C, H, W); of dates (B, C, dates, H, W) and (B, dates, 3)
-            with no_sync(net, last=part == args.accumulate - 1):
+            images, _, *stamps = next(batches)  # (B, C, H, W), labels; of dates (B, C, dates, H, W) and (B, dates, 3)
+            with no_sync(net, last=part == args.accumulate - 1):  # DDP averages gradients after the last pass only
                 with autocast:
                     loss, _ = net(images, visible[rows], hidden[rows], *stamps)
                 scaler.scale(loss / args.accumulate).backward()
@@ -447,14 +451,14 @@ def pretrain(args):
         if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
             found = data.watch(features_of(model), train, val, args, device, bool(classes)) if args.rank == 0 else {}
             model.train()
-        run.step_done(lr, found)
+        run.step_done(lr, found)  # logs, saves
     run.close()
 
     if args.rank == 0:
         save_picture(model, val, args, device)
         if classes:
             models = {"before training": new_model(args).to(device), "after": model}
-            data.print_probe({when: features_of(model) for when, model in models.items()}, train, val, args, device)
+            data.print_probe({when: features_of(m) for when, m in models.items()}, train, val, args, device)
     data.report_unreadable(args, train_source, val_source)
 
 
@@ -504,7 +508,7 @@ def classify(args):
     data.settle(args, train_source)
     if args.task == "linprobe" and args.batch_size // args.accumulate < 2 * args.processes:
         raise UserError("BatchNorm needs at least 2 images in a pass of a process: raise --batch-size")
-    val = data.Samples(val_source, data.CentreCrop(args.image_size), replace=False)
+    val = data.Samples(val_source, data.CentreCrop(args.image_size), replace_unreadable=False)
     model = new_classifier(args, len(classes)).to(device)
 
     def test(last):

@@ -6,10 +6,10 @@ leaves out colour and contrast. It needs no tokenizer, no teacher and no decoder
 
     pixels (B, C, H, W), or clips (B, C, T, H, W): an image is a clip of one frame
       | cut into L patches (tubelets) and project                              (B, L, D)
-      | put the mask token at the masked places, add learned positions,
+      | put the mask token at the hidden places, add learned positions,
       | put the class token before them                                        (B, 1 + L, D)
     ViT over the whole sequence                                                (B, 1 + L, D)
-      | take the N masked tokens, one linear layer                             (B, N, K)
+      | take the M hidden tokens, one linear layer                             (B, M, K)
       | squared error to the HOG of these patches, K = channels * bins * cells in a patch
     loss
 
@@ -35,7 +35,8 @@ from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINI
                     mix_seed, no_sync, parameter_groups, parse_command_line, patchify, precision_of, put, read_weights,
                     run_main, save_pictures, share, take, train_classifier, unpatchify, use_checkpointing)
 
-# The values for video are those published for MViTv2, of which our ViT takes the place.
+# flag(the paper's value for ViT-B, meaning, kind, values for other sizes, for video, in the demo on built-in data). The
+# values for video are those published for MViTv2; we use a ViT instead.
 MODEL = CHANNELS | dict(
     size=flag("base", "of the encoder", list(SIZES), demo="nano"),
     image_size=flag(224, "pixels, a number or HEIGHTxWIDTH", height_x_width, demo=64, demo_video=48),
@@ -107,6 +108,7 @@ def hog(images, bins=9, cell=8):
         return values.unflatten(3, (-1, cell)).unflatten(2, (-1, cell)).transpose(3, 4).flatten(4)
 
     gx, gy = gradients(images)
+    # The direction is measured from the vertical, as in the published code.
     bin_of = by_cell(torch.atan2(gx, gy).div_(math.pi).mul_(bins).floor_().remainder_(bins).to(torch.uint8))
     length = gx.hypot_(gy)
     del gx, gy  # the extra memory stays below four times that of the images
@@ -123,7 +125,7 @@ def hog_targets(images, patch=16, cell=8):
 
 
 # ----------------------------------------------------------------------------------------------------------- masking
-# A mask is two lists of places, visible (B, N) and hidden (B, M): numbers of tokens in raster order. M is the same for
+# A mask is two lists of places, visible (B, N) and hidden (B, M): indices of tokens in raster order. M is the same for
 # all samples. A grid is (rows, columns) for images, (times, rows, columns) for clips.
 
 
@@ -146,35 +148,36 @@ def block_mask(batch, grid, ratio, generator, device):
 
 def cube_mask(batch, grid, ratio, generator, device):
     """Blocks in space, of at least a fifth of the frame, that last for a random run of time steps."""
-    place = math.prod(grid[1:])
-    return lay_blocks(batch, grid, round(ratio * grid[0] * place), place // 5, place, generator, device)
+    area = math.prod(grid[1:])  # tokens of a time step
+    return lay_blocks(batch, grid, round(ratio * grid[0] * area), area // 5, area, generator, device)
 
 
 def tube_mask(batch, grid, ratio, generator, device):
     """The same block-wise mask at all times."""
-    first = math.prod(grid[1:]) * torch.arange(grid[0], device=device)[:, None]  # token of each time
+    first = math.prod(grid[1:]) * torch.arange(grid[0], device=device)[:, None]  # index of each time's first token
     return tuple((ids[:, None] + first).flatten(1) for ids in block_mask(batch, grid[1:], ratio, generator, device))
 
 
 def frame_mask(batch, grid, ratio, generator, device):
     """Whole time steps."""
     times = split(torch.rand(batch, grid[0], generator=generator, device=device), round(ratio * grid[0]))
-    place = torch.arange(math.prod(grid[1:]), device=device)
-    return tuple((len(place) * ids[:, :, None] + place).flatten(1) for ids in times)
+    of_frame = torch.arange(math.prod(grid[1:]), device=device)
+    return tuple((len(of_frame) * ids[:, :, None] + of_frame).flatten(1) for ids in times)
 
 
 def lay_blocks(batch, grid, count, least, most, generator, device):
     """Lay random blocks over a grid (times, rows, columns) until `count` tokens are hidden: (visible, hidden).
 
     The area of a block in space is uniform between `least` and `most`, tokens; most = None means what is still to be
-    hidden, which may be less than `least`. Its aspect is 0.3 to 1/0.3. A block that would hide too much is dropped;
-    what the tries leave open is filled with single tokens.
+    hidden, which may be less than `least`. Its aspect is 0.3 to 1/0.3. A block that would hide too much, or is as high
+    or as wide as the grid, is dropped; what 64 tries leave open is filled with single tokens.
     """
-    place = torch.stack(torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))[:, None]
-    size = place.amax((2, 3, 4), keepdim=True) + 1  # of the grid in each of the 3 dimensions, (3, 1, 1, 1, 1)
-    hidden = torch.zeros(batch, *grid, dtype=torch.bool, device=device)
+    position = torch.stack(torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))[:, None]
+    size = position.amax((2, 3, 4), keepdim=True) + 1  # of the grid, (3, 1, 1, 1, 1), without a copy to the GPU
+    covered = torch.zeros(batch, *grid, dtype=torch.bool, device=device)
     left = torch.full((batch, 1, 1, 1), count, device=device)  # still to be hidden
-    u = torch.rand(64, 6, batch, 1, 1, 1, generator=generator, device=device)  # for 64 tries
+    # For 64 tries: area, aspect, duration, and the corner in rows, columns and time.
+    u = torch.rand(64, 6, batch, 1, 1, 1, generator=generator, device=device)
     aspect = torch.exp((2 * u[:, 1] - 1) * math.log(1 / 0.3))
     duration = 1 + (u[:, 2:3] * grid[0]).floor()
     where = torch.cat([u[:, 5:], u[:, 3:5]], dim=1)  # in time, row and column
@@ -183,13 +186,13 @@ def lay_blocks(batch, grid, count, least, most, generator, device):
         sides = torch.stack([area * aspect[i], area / aspect[i]]).sqrt().round()  # height and width
         block = torch.cat([duration[i], sides])  # (3, B, 1, 1, 1)
         corner = (where[i] * (size - block + 1)).floor()
-        new = ((place >= corner) & (place < corner + block)).all(dim=0) & ~hidden
+        new = ((position >= corner) & (position < corner + block)).all(dim=0) & ~covered  # (B, times, rows, columns)
         tokens = new.sum((1, 2, 3), keepdim=True)
         fits = (tokens <= left) & (sides < size[1:]).all(dim=0)
-        hidden |= new & fits
+        covered |= new & fits
         left -= tokens * fits
     noise = torch.rand(batch, math.prod(grid), generator=generator, device=device)
-    return split(hidden.flatten(1) + noise, count)
+    return split(covered.flatten(1) + noise, count)  # what is covered first, then single tokens at random
 
 
 MASKS = {"block": block_mask, "cube": cube_mask, "tube": tube_mask, "frame": frame_mask, "random": random_mask}
@@ -229,8 +232,8 @@ class MaskFeat(ViT):
 
     def forward(self, pixels, hidden):
         """pixels (B, C, [T,] H, W), hidden places (B, M) -> (loss, pred (B, M, K)): the prediction at these places."""
-        x = put(self.patch_embed(pixels), hidden, self.mask_token)  # (B, L, D)
-        x = self.encode(x + self.pos_embed[:, 1:])  # (B, 1 + L, D), the class token first
+        x = put(self.patch_embed(pixels), hidden, self.mask_token)  # (B, L, D), the mask token at the hidden places
+        x = self.encode(x + self.pos_embed[:, 1:])  # (B, 1 + L, D), with the class token and its position first
         pred = self.pred_head(take(x[:, 1:], hidden))  # (B, M, K)
         target = take(self.targets(pixels), hidden)
         return (pred.float() - target).square().mean(), pred
@@ -256,18 +259,20 @@ def new_model(args):
 
 
 def pretrain(args):
+    """The task `pretrain`; at its end a picture, and where there are labels a probe of the features."""
     device = join_processes(args)
-    train_source, val_source, classes = data.open_sources(args.data, args.channels, False, args.frames, args.stride)
-    data.settle(args, train_source)
+    train_source, val_source, classes = data.open_sources(args.data, args.channels, labelled=False, frames=args.frames,
+                                                          stride=args.stride)
+    data.settle(args, train_source)  # fills in args.steps, args.mean and args.std
     augmentation = data.crop_and_flip(args.image_size, scale=(0.5, 1.0), flip=args.flip)
     samples = data.Samples(train_source, augmentation, args.seed)
     view = data.CentreCrop(args.image_size)
-    train, val = (data.Samples(x, view, replace=False) for x in (train_source, val_source or train_source))
+    train, val = (data.Samples(x, view, replace_unreadable=False) for x in (train_source, val_source or train_source))
 
     model = new_model(args).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=True)
     autocast, scaler = precision_of(args)
-    run = Run(args, model, optimizer, scaler)
+    run = Run(args, model, optimizer, scaler)  # goes on from --out, if there is a run: then run.step > 0
     if args.checkpointing:
         use_checkpointing(model)
     net = DistributedDataParallel(model) if args.processes > 1 else model
@@ -280,13 +285,13 @@ def pretrain(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Every process draws the masks of the whole batch and takes its rows: their number does not change the run.
+        # Every process draws the masks of the whole batch and uses its own rows: the number of GPUs changes nothing.
         generator.manual_seed(mix_seed(args.seed, step))
         _, hidden = MASKS[args.masking](args.batch_size, model.grid, args.mask_ratio, generator, device)
         for part in range(args.accumulate):
             rows = data.rows_of_process(args, part)
-            pixels, _ = next(batches)
-            with no_sync(net, last=part == args.accumulate - 1):
+            pixels, _ = next(batches)  # (B, C, H, W), or (B, views, segments, C, T, H, W), of which there is one clip
+            with no_sync(net, last=part == args.accumulate - 1):  # DDP averages gradients after the last pass only
                 with autocast:
                     loss, _ = net(data.one_clip(pixels), hidden[rows])
                 scaler.scale(loss / args.accumulate).backward()
@@ -302,14 +307,14 @@ def pretrain(args):
         if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
             found = data.watch(features_of(model), train, val, args, device, bool(classes)) if args.rank == 0 else {}
             model.train()
-        run.step_done(lr, found)
+        run.step_done(lr, found)  # logs, saves
     run.close()
 
     if args.rank == 0:
         save_picture(model, val, args, device)
         if classes:
             models = {"before training": new_model(args).to(device), "after": model}
-            data.print_probe({when: features_of(model) for when, model in models.items()}, train, val, args, device)
+            data.print_probe({when: features_of(m) for when, m in models.items()}, train, val, args, device)
     data.report_unreadable(args, train_source, val_source)
 
 
@@ -357,7 +362,7 @@ def finetune(args):
     data.settle(args, train_source)
     flip = args.flip and not (args.data is None and args.frames > 1 and args.label == "motion")
     samples = data.Samples(train_source, data.strong_augmentation(args, flip), args.seed)
-    val = data.Samples(val_source, data.CentreCrop(args.image_size), replace=False)
+    val = data.Samples(val_source, data.CentreCrop(args.image_size), replace_unreadable=False)
     model = new_classifier(args, len(classes)).to(device)
 
     def test(last):

@@ -12,7 +12,7 @@ copy of the encoder has for them. What no one can predict, such as texture and n
       |     | append a mask token with its position for each of the M target places                  (B, N + M, P)
       |   the predictor, a narrow ViT; take the last M, project                                      (B, M, D)
       |                                                                                                L1 |
-      |-- the y-encoder, an average of the x-encoder over the steps, sees all tokens                 (B, L, D)
+      |-- the y-encoder, a moving average of the x-encoder over the steps, sees all tokens           (B, L, D)
             | LayerNorm, take the targets, no gradient                                               (B, M, D)
 
     Each clip has two masks, many small blocks (short-range) and few large ones (long-range); the loss is their mean.
@@ -40,6 +40,7 @@ from common import (CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, WATCH, Blo
                     mix_seed, no_sync, number, parameter_groups, parse_command_line, precision_of, read_weights,
                     run_main, save_pictures, share, sincos, take, train_classifier, use_checkpointing)
 
+# flag(the paper's value for ViT-L, meaning, kind, value in the demo on the built-in clips)
 MODEL = CHANNELS | dict(
     size=flag("large", "of the encoder", list(SIZES), demo="nano"),
     image_size=flag(224, "pixels, a number or HEIGHTxWIDTH", height_x_width, demo=48),
@@ -75,7 +76,7 @@ PRETRAIN = INPUT | MODEL | STILL | MASKING | PREDICTOR | TRAINING | dict(
     final_momentum=flag(1.0, "of the y-encoder at its end", share),
     stretch=flag(1.25, "length of the schedules over that of the training, which cuts them off",
                  functools.partial(number, least=1), demo=2.5),
-    clip_grad=flag(10.0, "largest L2 norm of the gradient, of encoder and predictor apart"),
+    clip_grad=flag(10.0, "largest L2 norm of the gradient, of encoder and predictor apart, after the warm-up"),
     flip=flag(True, "mirror half of the training samples"),
 )
 FINAL_PROBE = dict(probe_labels=flag(1.0, "share of its training clips that the probe after the training gets", share))
@@ -111,8 +112,8 @@ SHOW = INPUT | MODEL | STILL | MASKING | dict(
 
 
 # ----------------------------------------------------------------------------------------------------------- masking
-# A mask is two lists of places, visible (B, N), the context, and hidden (B, M), the targets: numbers of tokens in the
-# raster order of the grid (times, rows, columns). All clips need the same N and M: the lists are cut to the shortest.
+# A mask is two lists of places, visible (B, N) and hidden (B, M): indices of tokens in the raster order of the grid
+# (times, rows, columns). All clips need the same N and M: lists are cut to the shortest, and what is cut is in neither.
 
 
 def block_size(grid, scale, generator):
@@ -162,23 +163,23 @@ def over_time(seen, times, context_times=None):
     return pair
 
 
-MASKS = {  # (blocks, share of the frame that a block takes) of each mask of a clip; None is --mask-ratio
+MASKS = {  # (blocks, share of the frame that a block takes) of each kind of mask; a share of None is --mask-ratio
     "multiblock": [(8, 0.15), (2, 0.7)],  # short-range, long-range
     "block": [(1, None)],
-    "tube": [(None, None)],
+    "tube": [(None, None)],  # no blocks
 }
 
 
 def draw_masks(args, grid, step, rows, device):
     """The masks of some rows (a slice) of a step's batch: ([visible, ...], [hidden, ...]), an entry per mask of a clip.
 
-    The sizes of blocks depend on (seed, step) alone. Places are drawn for a group of `mask_group` clips, and cut to the
-    shortest of the group, as the published code does for the 24 clips of a GPU. While a group holds whole passes, the
-    number of processes and passes does not change the masks. They are drawn on the CPU, since the lengths of the lists
-    become shapes: a GPU would be waited for.
+    The sizes of blocks depend on (seed, step, kind) alone. Places are drawn for a group of `mask_group` clips, and cut
+    to the shortest of the group, as the published code does for the 24 clips of a GPU. As long as the clips of a pass
+    divide `mask_group`, the number of processes and passes does not change the masks. They are drawn on the CPU, since
+    the lengths of the lists become shapes: a GPU would be waited for.
     """
-    share = rows.stop - rows.start
-    size = max(share, args.mask_group // share * share)  # a group holds whole shares
+    clips = rows.stop - rows.start
+    size = max(clips, args.mask_group // clips * clips)  # of a group, whole passes
     group = rows.start // size
     context_times = max(1, args.context_frames // args.tubelet) if args.context_frames else None
     visible, hidden = [], []
@@ -203,7 +204,7 @@ def draw_masks(args, grid, step, rows, device):
 
 
 class Predictor(nn.Module):
-    """A narrow ViT that predicts the features at the targets from those of the context.
+    """A narrow ViT that predicts the features at the hidden places from the context.
 
     grid: of the tokens; dim: width of the encoder, heads: as many as the encoder's; out_dim: numbers to predict.
     """
@@ -211,6 +212,7 @@ class Predictor(nn.Module):
     def __init__(self, grid, dim, heads, width, depth, masks, out_dim):
         super().__init__()
         self.predictor_embed = nn.Linear(dim, width)
+        # One mask token for each kind of mask.
         self.mask_tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, 1, width)) for _ in range(masks))
         self.predictor_pos_embed = nn.Parameter(sincos(width, grid)[None], requires_grad=False)
         self.predictor_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -230,7 +232,7 @@ class Predictor(nn.Module):
 
 
 class VJEPA(nn.Module):
-    """The x-encoder, the predictor and the y-encoder.
+    """The x-encoder (`encoder`), the `predictor`, and the y-encoder (`target_encoder`), a moving average of the first.
 
     predictor_dim, predictor_depth: width and blocks of the predictor; masks: kinds of masks; target: "latent" or
     "pixels". The rest as in `ViT`.
@@ -249,13 +251,16 @@ class VJEPA(nn.Module):
 
     @torch.no_grad()
     def targets(self, clips):
-        """What is to be predicted at each token, each normalised by its own mean and deviation: (B, L, K), float32."""
+        """What is to be predicted, at all tokens, each normalised by its own mean and deviation: (B, L, K), float32.
+
+        K is D, or the pixels of a tubelet.
+        """
         if self.target == "latent":
             return F.layer_norm(self.target_encoder.tokens(clips).float(), (self.encoder.dim,))
         tubelets = clips.float()
         for axis, side in ((2, self.tubelet), (4, self.encoder.patch_size), (6, self.encoder.patch_size)):
-            tubelets = tubelets.unflatten(axis, (-1, side))  # (B, C, times, tubelet, rows, P, columns, P) in the end
-        tubelets = tubelets.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)  # (B, L, tubelet*P*P*C)
+            tubelets = tubelets.unflatten(axis, (-1, side))  # (B, C, times, tubelet, rows, side, columns, side) at last
+        tubelets = tubelets.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)  # (B, L, K)
         return (tubelets - tubelets.mean(-1, keepdim=True)) / (tubelets.var(-1, keepdim=True) + 1e-6).sqrt()
 
     def forward(self, clips, visible, hidden):
@@ -266,10 +271,10 @@ class VJEPA(nn.Module):
         targets = self.targets(clips)  # (B, L, K)
         embedded = self.encoder.embed(clips)  # (B, L, D)
         losses = []
-        for kind, (seen, unseen) in enumerate(zip(visible, hidden)):
-            context = self.encoder.encode(take(embedded, seen))  # (B, N, D)
-            pred = self.predictor(context, seen, unseen, kind)  # (B, M, K)
-            error = pred.float() - take(targets, unseen)
+        for kind, (context_ids, target_ids) in enumerate(zip(visible, hidden)):
+            context = self.encoder.encode(take(embedded, context_ids))  # (B, N, D)
+            pred = self.predictor(context, context_ids, target_ids, kind)  # (B, M, K)
+            error = pred.float() - take(targets, target_ids)
             losses.append(error.abs().mean() if self.target == "latent" else error.square().mean())
         return torch.stack(losses).mean()
 
@@ -307,27 +312,29 @@ def in_time(transform, args):
 
 
 def features_of(encoder):
-    """The function clips -> (B, times * D): tokens, normalised as for the predictor, their mean at each time."""
+    """The function clips -> (B, times * D): tokens, normalised as the targets are, averaged over each time step."""
     return lambda clips: F.layer_norm(encoder.eval().tokens(clips).float(), (encoder.dim,)).unflatten(
         1, (encoder.grid[0], -1)).mean(dim=2).flatten(1)
 
 
 def pretrain(args):
+    """The task `pretrain`; at its end a picture, and where there are labels a probe of the features."""
     device = join_processes(args)
     train_source, val_source, classes = open_clips(args, labelled=False)
-    data.settle(args, train_source)
-    augmentation = data.crop_and_flip(args.image_size, (0.3, 1.0), args.flip, (0.75, 1.35), data.BILINEAR)
+    data.settle(args, train_source)  # fills in args.steps, args.mean and args.std
+    augmentation = data.crop_and_flip(args.image_size, scale=(0.3, 1.0), flip=args.flip, ratio=(0.75, 1.35),
+                                      interpolation=data.BILINEAR)
     samples = data.Samples(train_source, in_time(augmentation, args), args.seed)
     view = in_time(data.CentreCrop(args.image_size), args)
-    train, val = (data.Samples(x, view, replace=False) for x in (train_source, val_source or train_source))
+    train, val = (data.Samples(x, view, replace_unreadable=False) for x in (train_source, val_source or train_source))
 
     model = new_model(args).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=True)
     autocast, scaler = precision_of(args)
-    run = Run(args, model, optimizer, scaler)
+    run = Run(args, model, optimizer, scaler)  # goes on from --out, if there is a run: then run.step > 0
     if args.checkpointing:
         use_checkpointing(model)
-    # One module for both networks. The y-encoder needs no gradient, so DDP only copies it once, at the start.
+    # DDP wraps all three networks together; the y-encoder has no gradient, so it is only copied once, at the start.
     net = DistributedDataParallel(model) if args.processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
@@ -343,13 +350,13 @@ def pretrain(args):
 
         for part in range(args.accumulate):
             visible, hidden = draw_masks(args, model.encoder.grid, step, data.rows_of_process(args, part), device)
-            clips, _ = next(batches)
+            clips, _ = next(batches)  # (B, views, segments, C, T, H, W), of which there is one clip
             if args.compile:
                 # The lengths change from step to step: told so, the compiler makes one graph for all of them, instead
                 # of a new one for each.
                 for ids in visible + hidden:
                     torch._dynamo.maybe_mark_dynamic(ids, 1)
-            with no_sync(net, last=part == args.accumulate - 1):
+            with no_sync(net, last=part == args.accumulate - 1):  # DDP averages gradients after the last pass only
                 with autocast:
                     loss = net(data.one_clip(clips), visible, hidden)
                 scaler.scale(loss / args.accumulate).backward()
@@ -363,11 +370,11 @@ def pretrain(args):
         optimizer.zero_grad(set_to_none=True)
         model.update_target_encoder(momentum)
 
-        found = None
+        found = None  # no look at the features at this step; on other ranks than 0 a look is {}
         if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
             features = features_of(model.target_encoder)
             found = data.watch(features, train, val, args, device, bool(classes)) if args.rank == 0 else {}
-        run.step_done(lr, found, momentum=momentum)
+        run.step_done(lr, found, momentum=momentum)  # logs, saves
     run.close()
 
     if args.rank == 0:
@@ -465,7 +472,7 @@ def classify(args):
     augmentation = data.strong_augmentation(args, flip, operations=4)
     samples = data.Samples(train_source, in_time(augmentation, args), args.seed)
     view = data.CentreCrop(args.image_size, 1 if args.still else args.views)
-    val = data.Samples(val_source, in_time(view, args), replace=False)
+    val = data.Samples(val_source, in_time(view, args), replace_unreadable=False)
     model = new_classifier(args, len(classes)).to(device)
 
     def test(last):
@@ -529,8 +536,8 @@ def show(args):
     save_picture(encoder, samples, args, device)
 
 
-TASKS = {"pretrain": (pretrain, PRETRAIN, WATCH | FINAL_PROBE), "probe": (classify, PROBE, {}), "finetune": (classify, FINETUNE, {}),
-         "show": (show, SHOW, {})}
+TASKS = {"pretrain": (pretrain, PRETRAIN, WATCH | FINAL_PROBE), "probe": (classify, PROBE, {}),
+         "finetune": (classify, FINETUNE, {}), "show": (show, SHOW, {})}
 
 
 def main():
