@@ -20,7 +20,7 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, features
 
 import common
 import data
@@ -1492,6 +1492,15 @@ def test_changing_lengths_are_compiled_once():
     assert len(lengths) > 4
 
 
+def test_the_end_of_the_momentum_is_a_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "print_probe", lambda *_: None)
+    for final, last in ((0.5, 0.5), (1.0, 0.875)):
+        flags = ["--momentum", 0.5, "--final-momentum", final, "--stretch", 1, "--steps", 4, "--probe-samples", 20]
+        main(monkeypatch, *flags, *VJEPA_FLAGS, "--fresh", "--out", tmp_path, method=vjepa)
+        records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert records[0]["momentum"] == 0.5 and records[-1]["momentum"] == last
+
+
 def test_a_collapse_is_noticed(tmp_path, monkeypatch, capsys):
     """Momentum 0 and a predictor that learns nothing: all features become the same."""
     new_model = vjepa.new_model
@@ -1758,6 +1767,10 @@ def test_broken_files_among_many(tmp_path, monkeypatch, capfd):
         png += (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
     (images / "bomb.png").write_bytes(png)
     picture.convert("CMYK").save(images / "cmyk.jpg")
+    if features.check("avif"):
+        picture.save(images / "000.avif")
+        assert data.read_image(images / "000.avif").size == (40, 40)
+        (images / "000.avif").unlink()
     picture.convert("P").save(images / "palette.png")
     Image.fromarray(generator.integers(0, 65535, (40, 40), dtype=np.uint16)).save(images / "16 bit.png")
     flags = ["--data", images, "--epochs", 2, *TINY_FLAGS, "--batch-size", 64, "--out", tmp_path / "run"]
