@@ -458,7 +458,7 @@ class Run:
         self.settings = {name: getattr(args, name) for name in args.settings}
         if args.data and args.data != "cifar10":
             self.settings["data"] = str(Path(args.data).resolve())
-        self.best, self.signal, self.board = -math.inf, 0, None
+        self.best, self.score, self.signal, self.board = -math.inf, "score", 0, None
         self.step = 0 if args.benchmark else self.resume()
         self.time, self.step_at_time = time.perf_counter(), self.step
         self.opened = contextlib.ExitStack()  # what `close` ends
@@ -485,7 +485,7 @@ class Run:
     def close(self):
         self.opened.close()
         if self.args.rank == 0 and self.step == self.args.steps and not self.args.benchmark:
-            best = f", the highest score {self.args.out}/best.pt" if self.best > -math.inf else ""
+            best = f", of the highest {self.score} {self.args.out}/best.pt" if self.best > -math.inf else ""
             print(f"checkpoint {self.args.out}/last.pt{best}, log {self.file}")
 
     def resume(self):
@@ -555,10 +555,10 @@ class Run:
             if saving or found is not None or self.step % args.log_every == 0:
                 values |= found or {}
                 self.log(lr=lr, **values)
-                scores = [value for name, value in values.items() if name.startswith("score")]
-                if scores and scores[0] > self.best:
-                    self.best = scores[0]
-                    self.save("best.pt")
+                for name, value in values.items():
+                    if name.startswith("score") and value > self.best:
+                        self.best, self.score = value, name
+                        self.save("best.pt")
             if saving:
                 self.save("last.pt")
             if args.keep_every and self.step % args.keep_every == 0:

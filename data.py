@@ -24,7 +24,6 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
 
 from common import UserError, height_and_width, mix_seed, precision_of, sum_over_processes
 
@@ -651,7 +650,7 @@ def spread_and_rank(x):
 def watch(encoder, train, held_out, args, device, labelled):
     """For the log, what features of held-out samples are worth: spread, rank, and where there are labels the accuracy
     of nearest neighbours. And the score by which best.pt is chosen, from *training* samples alone: the mean of these
-    accuracies (`score_knn`), or where there are no labels the rank (`score_rank`). Warns of a collapse.
+    accuracies (`score_knn`), or where there are no labels the rank (`score_rank`).
     """
     looks = []
     for samples in (held_out, train):
@@ -663,10 +662,6 @@ def watch(encoder, train, held_out, args, device, labelled):
         looks.append(look | {f"knn_{name}": nearest_neighbours(x, of_name) for name, of_name in known.items()})
     found, of_training = looks
     accuracies = [value for name, value in of_training.items() if name.startswith("knn_")]
-    if found["spread"] < 0.1 or found["rank"] < 2:  # a healthy run of V-JEPA has a spread of 0.4 and more
-        tqdm.write("warning: the features collapse (spread {spread:.3f}, effective rank {rank:.1f}): all samples look "
-                   "alike to the encoder. Lower --base-lr, raise --batch-size, or in V-JEPA --momentum."
-                   .format(**found), sys.stderr)
     score = {"score_knn": sum(accuracies) / len(accuracies)} if accuracies else {"score_rank": of_training["rank"]}
     return found | score
 

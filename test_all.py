@@ -825,7 +825,7 @@ def test_scenes_of_bands_and_dates():
     assert len(val[0]) == 2 and val[0][0].shape[0] == 6
 
 
-def test_best_is_chosen_by_training_samples(folder, tmp_path, monkeypatch):
+def test_best_is_chosen_by_training_samples(folder, tmp_path, monkeypatch, capsys):
     """In every script; without labels by the rank. And checkpoints are kept every so many steps."""
     shutil.copytree(folder / "train", tmp_path / "unlabelled")
     scores, watch = iter([1.0, 3.0, 2.0] * 3), data.watch
@@ -846,6 +846,7 @@ def test_best_is_chosen_by_training_samples(folder, tmp_path, monkeypatch):
                                                                                                           *rest))
     flags = [*TINY_FLAGS, "--steps", 2, "--probe-every", 1, "--out", tmp_path / "none"]
     main(monkeypatch, "--data", tmp_path / "unlabelled", *flags)
+    assert "of the highest score_rank" in capsys.readouterr().out
     record = json.loads((tmp_path / "none/log.jsonl").read_text().splitlines()[0])
     assert record["score_rank"] == pytest.approx(record["rank"]) and (tmp_path / "none/best.pt").exists()
     main(monkeypatch, "--data", folder, *flags, "--fresh", "--keep-every", 1)
@@ -1997,10 +1998,27 @@ def test_torchrun_on_a_gpu_goes_on(folder, tmp_path):
 
 @needs_gpu
 def test_hog_on_a_gpu_is_that_on_a_cpu():
-    images = photographs()
+    """From bytes on, since the last bit of a pixel decides over bins."""
+    samples = data.Samples(data.Photographs(True), data.CentreCrop(96))
+    images, _ = data.examples(samples, range(0, 6000, 400), _args(), torch.device("cuda"))
     with torch.autocast("cuda", torch.bfloat16):
-        found = maskfeat.hog(images.cuda()).cpu()
-    assert ((found - maskfeat.hog(images)).abs() > 1e-5).float().mean() < 1e-3
+        found = maskfeat.hog(images).cpu()
+    assert ((found - maskfeat.hog(photographs())).abs() > 1e-5).float().mean() < 1e-3
+
+
+def test_batches_are_not_divided_by_numbers():
+    """On CUDA that is a product with the reciprocal, which has another last bit, and so HOG other bins."""
+    class Division(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            if "div" in getattr(function, "__name__", ""):
+                divisions.append(torch.is_tensor(arguments[1]))
+            return function(*arguments, **(options or {}))
+    divisions, samples = [], data.Samples(data.Photographs(True), data.CentreCrop(96))
+    with Division():
+        images, _ = data.examples(samples, range(0, 6000, 400), _args(), torch.device("cpu"))
+    assert len(divisions) >= 2 and all(divisions)
+    byte = torch.arange(256.0)
+    assert (byte / 255 != byte * (1 / 255)).sum() > 100 and torch.equal(images, photographs())
 
 
 def test_the_demo_of_vjepa_does_not_collapse(tmp_path):

@@ -26,6 +26,7 @@ copy of the encoder has for them. What no one can predict, such as texture and n
 import copy
 import functools
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 import data
 from common import (CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, WATCH, Block, Run, UserError, ViT, accuracy,
@@ -374,6 +376,10 @@ def pretrain(args):
         if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
             features = features_of(model.target_encoder)
             found = data.watch(features, train, val, args, device, bool(classes)) if args.rank == 0 else {}
+            if found and (found["spread"] < 0.1 or found["rank"] < 2):  # a healthy run has a spread of 0.4 and more
+                tqdm.write("warning: the features collapse (spread {spread:.3f}, effective rank {rank:.1f}): all clips "
+                           "look alike to the encoder. Lower --base-lr, raise --momentum or --batch-size."
+                           .format(**found), sys.stderr)
         run.step_done(lr, found, momentum=momentum)  # logs, saves
     run.close()
 
