@@ -447,7 +447,7 @@ def pretrain(args):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        found = None
+        found = None  # no look at the features at this step; on other ranks than 0 a look is {}
         if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
             found = data.watch(features_of(model), train, val, args, device, bool(classes)) if args.rank == 0 else {}
             model.train()

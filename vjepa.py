@@ -19,8 +19,8 @@ copy of the encoder has for them. What no one can predict, such as texture and n
 
     python vjepa.py                                         pre-train on clips of a camera that moves over photographs
     torchrun --nproc_per_node=8 vjepa.py --data DIR --accumulate 16         the paper's recipe on your videos
-    python vjepa.py probe --data DIR --init runs/vjepa/best.pt              attentive probe of the frozen encoder
-    python vjepa.py finetune --data DIR --init runs/vjepa/best.pt
+    python vjepa.py probe --data DIR --init runs/vjepa/last.pt              attentive probe of the frozen encoder
+    python vjepa.py finetune --data DIR --init runs/vjepa/last.pt
     python vjepa.py show --init runs/vjepa/last.pt --image clip.mp4
 """
 import copy
