@@ -380,7 +380,7 @@ def join_processes(args):
             torch.cuda.set_device(device)
         backend, of_gpu = ("gloo", None) if args.device == "cpu" else ("cpu:gloo,cuda:nccl", device)
         dist.init_process_group(backend, store=store, rank=args.rank, world_size=args.processes, device_id=of_gpu,
-                                timeout=datetime.timedelta(minutes=30))  # for rank 0 to draw the picture and to probe
+                                timeout=datetime.timedelta(minutes=30))  # for one process to draw the picture
     return device
 
 
@@ -438,8 +438,11 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, no_decay=()):
 # ------------------------------------------------------------------------------------------------------ a training run
 
 WARM_STEPS = 5  # of a benchmark
-PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12,  # dense bf16, from NVIDIA's data sheets
-              "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
+PEAK_FLOPS = {  # dense bf16, from NVIDIA's data sheets
+    "NVIDIA B200": 2250e12, "NVIDIA GH200 480GB": 989e12, "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12, "NVIDIA H100 PCIe": 756e12,
+    **dict.fromkeys(["NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe",
+                     "NVIDIA A100-PCIE-40GB"], 312e12)}
 
 
 class Run:
@@ -682,7 +685,7 @@ def train_classifier(args, model, optimizer, schedule, batches, test, mix=None):
     run = Run(args, model, optimizer, scaler)
     if args.checkpointing:
         use_checkpointing(model)
-    net = DistributedDataParallel(model) if args.processes > 1 else model
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
     batches = batches(run.step)
@@ -786,8 +789,8 @@ MACHINE = dict(  # where and how a run is made: no settings, so a run goes on al
     benchmark=flag(None, "only time so many training steps, on random tensors, and print a line of JSON", count),
 )
 WATCH = dict(  # of pre-training, no settings either
-    probe_every=flag(1000, "steps between two looks at the features", demo=300),
-    probe_samples=flag(1024, "samples of such a look", demo=200),
+    probe_every=flag(1000, "steps between two looks at the features", demo=500),
+    probe_samples=flag(1024, "samples of such a look", demo=400),
 )
 INPUT = dict(
     data=flag(None, "folder of images or videos, list of paths, cifar10 (default: what comes with scikit-image)", str),

@@ -47,7 +47,7 @@ class Photographs(Dataset):
     def __init__(self, train, channels=3, length=6000):
         import skimage.data
         self.regions, self.length = [], length
-        for name in self.classes:
+        for name in Photographs.classes:
             image = getattr(skimage.data, name)()
             image = image[0] if isinstance(image, tuple) else image  # the stereo pair: the left one
             axis = int(image.shape[1] >= image.shape[0])  # the longer side
@@ -94,28 +94,43 @@ class Scenes(Photographs):
 
 
 class Clips(Photographs):
-    """Clips of a virtual camera that moves over the photographs: pans in 8 directions, zooms, rolls. No download.
+    """Clips of a virtual camera that moves over collages: pans in 8 directions, zooms, rolls. No download.
 
-    A clip is (1, T, C, 64, 64). Its label is the photograph, the motion, or both: label = photograph * 12 + motion.
-    The regions of training and validation are those of `Photographs`, at half their size. With twice the stride the
-    camera goes twice as far.
+    A clip is (1, T, C, 64, 64), its label the motion. Each clip has a collage of its own, so that what is hidden cannot
+    be told from knowing the picture, only from what is seen and from how that moves. The photographs are the regions of
+    `Photographs`, at half their size. With twice the stride the camera goes twice as far.
     """
-    motions = [f"pan {direction}" for direction in ("right", "down right", "down", "down left", "left", "up left", "up",
+    classes = [f"pan {direction}" for direction in ("right", "down right", "down", "down left", "left", "up left", "up",
                                                     "up right")] + ["zoom in", "zoom out", "roll left", "roll right"]
     side = 64  # pixels of a frame
 
-    def __init__(self, train, frames, channels=3, label=None, length=6000, stride=4):
+    def __init__(self, train, frames, channels=3, length=6000, stride=4):
         super().__init__(train, channels, length)
         self.regions = [x.resize((x.width // 2, x.height // 2), Image.LANCZOS) for x in self.regions]
-        self.frames, self.label, self.speed = frames, label, stride / 4
-        both = [f"{photograph}, {motion}" for photograph in Photographs.classes for motion in self.motions]
-        self.classes = {"photograph": Photographs.classes, "motion": self.motions, None: both}[label]
+        y, x = np.mgrid[-1:1:128j, -1:1:128j]
+        self.disc = Image.fromarray(x ** 2 + y ** 2 < 1)
+        self.train, self.frames, self.speed = train, frames, stride / 4
+
+    def collage(self, draw, side=160, pieces=24):
+        """A scene of side x side pixels: a part of a photograph, and squares and discs of others laid over it."""
+        def part(size):  # a square of any photograph, smaller or larger than it was, turned or mirrored
+            region = self.regions[draw.integers(len(self.regions))]
+            cut = min(size * draw.uniform(0.6, 1.6), *region.size)
+            left, top = draw.uniform(0, region.width - cut), draw.uniform(0, region.height - cut)
+            image = region.resize((size, size), Image.BILINEAR, (left, top, left + cut, top + cut))
+            return image.transpose(Image.Transpose(draw.integers(7)))
+
+        scene = part(side)
+        for _ in range(pieces):
+            size = int(draw.integers(20, 71))
+            corner = draw.integers(-size, side, size=2).tolist()  # the edges of the scene may cut it
+            scene.paste(part(size), corner, self.disc.resize((size, size)) if draw.uniform() < 0.5 else None)
+        return scene
 
     def __getitem__(self, index):
-        photograph = index * len(self.regions) // self.length
-        region = self.regions[photograph]
-        draw = np.random.default_rng(index)  # a clip is the same at every draw
-        motion, strength = int(draw.integers(len(self.motions))), draw.uniform(0.5, 1)
+        draw = np.random.default_rng((index, int(self.train)))  # a clip is the same at every draw
+        scene = self.collage(draw)
+        motion, strength = int(draw.integers(len(self.classes))), draw.uniform(0.5, 1)
         time = self.speed * strength * np.linspace(-0.5, 0.5, self.frames)
         x, y, zoom, angle = np.zeros((4, self.frames))  # the camera: x and y in sides of the picture, angle in radians
         if motion < 8:
@@ -125,22 +140,21 @@ class Clips(Photographs):
         else:
             angle = 0.8 * time * (1 if motion == 10 else -1)
         half = np.exp(zoom) * (abs(np.cos(angle)) + abs(np.sin(angle))) / 2
-        reach = [(abs(x) + half).max(), (abs(y) + half).max()]  # from the middle, sides: the camera stays in the region
-        side = min(draw.uniform(48, 80), region.width / (2 * reach[0]), region.height / (2 * reach[1]))
-        middle = [side * r + draw.uniform() * (length - 2 * side * r) for r, length in zip(reach, region.size)]
+        reach = [(abs(x) + half).max(), (abs(y) + half).max()]  # from the middle, sides: the camera stays in the scene
+        side = min(draw.uniform(48, 72), scene.width / (2 * max(reach)))
+        middle = [side * r + draw.uniform() * (scene.width - 2 * side * r) for r in reach]
 
-        film = Image.new(region.mode, (self.side, self.frames * self.side))  # the frames, one below the other
-        for t in range(self.frames):  # PIL asks where in the region each pixel of the frame comes from
+        film = Image.new(scene.mode, (self.side, self.frames * self.side))  # the frames, one below the other
+        for t in range(self.frames):  # PIL asks where in the scene each pixel of the frame comes from
             step = side / self.side * math.exp(zoom[t])
             cos, sin = step * math.cos(angle[t]), step * math.sin(angle[t])
             corner = [middle[0] + side * x[t] - (cos - sin) * self.side / 2,
                       middle[1] + side * y[t] - (cos + sin) * self.side / 2]
             where = (cos, -sin, corner[0], sin, cos, corner[1])
-            frame = region.transform((self.side, self.side), Image.AFFINE, where, Image.BILINEAR)
+            frame = scene.transform((self.side, self.side), Image.AFFINE, where, Image.BILINEAR)
             film.paste(frame, (0, t * self.side))
-        label = {"photograph": photograph, "motion": motion, None: photograph * len(self.motions) + motion}[self.label]
         pixels = torch.from_numpy(np.array(film).reshape(self.frames, self.side, self.side, -1))
-        return pixels.permute(0, 3, 1, 2)[None], label
+        return pixels.permute(0, 3, 1, 2)[None], motion
 
 
 class Files(Dataset):
@@ -323,20 +337,20 @@ def read_clips(path, frames, stride, segments=None, channels=3):
     return pixels.unflatten(0, (-1, frames))
 
 
-def open_sources(data, channels=3, labelled=True, frames=1, stride=1, label=None, dates=1, scenes=False):
+def open_sources(data, channels=3, labelled=True, frames=1, stride=1, dates=1, scenes=False):
     """(training source, validation source or None, class names or None) for --data: None, "cifar10", a folder, a list.
 
     A folder is DIR/train/<class>/... with DIR/val/<class>/... or DIR/test/<class>/..., or DIR/train.txt with
     DIR/val.txt or DIR/test.txt; where no labels are needed (labelled=False) it is any folder or list, and DIR/train
-    alone is used if there is one. With frames > 1 the samples are clips, with dates > 1 series of images. label: of the
-    built-in clips, see `Clips`. scenes: instead of the built-in photographs, `Scenes`. Raises UserError for all else.
+    alone is used if there is one. With frames > 1 the samples are clips, with dates > 1 series of images. scenes:
+    instead of the built-in photographs, `Scenes`. Raises UserError for all else.
     """
     kind = Scenes if scenes or dates > 1 else Clips if frames > 1 else Photographs
     if channels not in (1, 3) and (frames > 1 or data is None and kind is Photographs):
         raise UserError(f"{'clips' if frames > 1 else 'the built-in photographs'} have 1 or 3 channels, not {channels}"
                         + ("" if data else ": give --data"))
     if data is None:
-        others = {Scenes: dict(dates=dates), Clips: dict(frames=frames, label=label, stride=stride)}.get(kind, {})
+        others = {Scenes: dict(dates=dates), Clips: dict(frames=frames, stride=stride)}.get(kind, {})
         train, val = (kind(split == "train", channels=channels, length=length, **others)
                       for split, length in (("train", 6000), ("val", 1500)))
         return train, val, train.classes
@@ -550,24 +564,45 @@ def collate(samples):
     return [together(pixels), *map(default_collate, others)]
 
 
+CHUNK = 2 ** 26  # bytes, about: of the pixels that a worker hands over at once
+
+
 def loader(samples, batches, args, device, workers):
     """Batches of samples, given as lists of (index, position), on the device or on their way to it, and normalised: the
     only place where that is done.
+
+    Workers make chunks of a batch, of one sample at least, so that the shared memory which they need does not go by the
+    size of a batch: two chunks each are ready or on their way.
     """
     largest, mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (255.0, args.mean, args.std))
+    size = max(1, CHUNK // (4 * samples.example(0)[0].numel()))  # samples of a chunk, as floats
+    batches, to_join = itertools.tee(batches)
+    chunks = (batch[k:k + size] for batch in batches for k in range(0, len(batch), size))
+    # Not a generator: the workers start, and torch draws their seed, here and not at the first batch.
+    loaded = iter(DataLoader(
+        samples, batch_sampler=chunks, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals))
 
-    def to_device(batch):
-        pixels, *rest = (x.to(device, non_blocking=True) for x in batch)
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside the step that is under way
+
+    def to_device(chunk):
+        with torch.cuda.stream(copies):  # of None: as if it were not there
+            pixels, *rest = chunk = [x.to(device, non_blocking=True) for x in chunk]
+        if copies:
+            torch.cuda.current_stream().wait_stream(copies)
+            for x in chunk:  # whose memory is taken again only when the step has used it
+                x.record_stream(torch.cuda.current_stream())
         is_bytes = pixels.dtype == torch.uint8
         pixels = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if is_bytes:  # by a tensor, since CUDA multiplies by 1 / 255 where it is a number, and HOG sees the last bit
             pixels.div_(largest)
         shape = (-1, 1, 1) if pixels.ndim == 4 else (-1, 1, 1, 1)  # of time too
         return pixels.sub_(mean.view(shape)).div_(std.view(shape)), *rest
-    # Not a generator: the workers start, and torch draws their seed, here and not at the first batch.
-    return map(to_device, DataLoader(
-        samples, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals))
+
+    def join(batch):
+        parts = [to_device(next(loaded)) for _ in range(0, len(batch), size)]
+        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
+    return map(join, to_join)
 
 
 def examples(samples, indices, args, device):
@@ -590,12 +625,12 @@ def training_loader(samples, args, device, first_step):
 
 
 def test_loader(samples, args, device, limit=None):
-    """Each sample once, in order, every process its own; with `limit`, the same so many for all, evenly taken."""
+    """Each sample once, in order, every process its own; with `limit` only so many, evenly taken."""
     planes = math.prod(samples.example(0)[0].shape[:-2])  # 3 of an image, more of a clip
     size = max(1, 384 // planes)
     chosen = evenly(len(samples.source), limit or len(samples.source))
-    chosen = chosen if limit else chosen[args.rank::args.processes]
-    batches = [[(index, 0) for index in chosen[k:k + size]] for k in range(0, len(chosen), size)]
+    own = chosen[args.rank::args.processes] or (chosen[:1] if limit else [])  # for `gather`
+    batches = [[(index, 0) for index in own[k:k + size]] for k in range(0, len(own), size)]
     return loader(samples, batches, args, device, args.workers)
 
 
@@ -606,24 +641,28 @@ def test_loader(samples, args, device, limit=None):
 def features(encoders, samples, args, device, limit):
     """([features (N, K) of each encoder], labels (N,)) of up to `limit` samples, evenly taken, that can be read.
 
-    An encoder is a function of a batch, (pixels, ...) -> (B, K); clips come as (B, C, T, H, W).
+    An encoder is a function of a batch, (pixels, ...) -> (B, K); clips come as (B, C, T, H, W). The processes share the
+    work, and all get all the features.
     """
-    x, y = [], []
+    parts = []
     for pixels, labels, *stamps in test_loader(samples, args, device, limit):
         pixels = one_clip(pixels)
         with precision_of(args)[0]:
-            x.append([encode(pixels, *stamps).float() for encode in encoders])
-        y.append(labels.cpu())
-    x, y = [torch.cat(parts) for parts in zip(*x)], torch.cat(y)
-    x = [part.cpu() if device.type == "mps" else part for part in x]  # which has no float64
+            parts.append([*(encode(pixels, *stamps).float() for encode in encoders), labels.cpu()])
+    *x, y = (gather(torch.cat(part), min(limit, len(samples.source)), args) for part in zip(*parts))
     return [part[y >= 0] for part in x], y[y >= 0].to(x[0].device)
 
 
-def by_label(source, labels):
-    """{name: labels}: the built-in clips have two labels, photograph and motion, everything else has one."""
-    if isinstance(source, Clips):
-        return {"photograph": labels // len(source.motions), "motion": labels % len(source.motions)}
-    return {"class": labels}
+def gather(rows, count, args):
+    """Rows 0 to `count` of a tensor of which this process has every `processes`-th, from its rank on.
+
+    Where there are fewer rows than processes, the last ones have a row that does not count, for its shape.
+    """
+    everywhere = rows.new_zeros(count, *rows.shape[1:])
+    own = everywhere[args.rank::args.processes]
+    own.copy_(rows[:len(own)])
+    everywhere = sum_over_processes(everywhere)
+    return everywhere.cpu() if rows.device.type == "mps" else everywhere  # which has no float64
 
 
 def nearest_neighbours(x, labels, neighbours=10):
@@ -649,21 +688,19 @@ def spread_and_rank(x):
 
 def watch(encoder, train, held_out, args, device, labelled):
     """For the log, what features of held-out samples are worth: spread, rank, and where there are labels the accuracy
-    of nearest neighbours. And the score by which best.pt is chosen, from *training* samples alone: the mean of these
-    accuracies (`score_knn`), or where there are no labels the rank (`score_rank`).
+    of nearest neighbours. And the score by which best.pt is chosen, from *training* samples alone: that accuracy
+    (`score_knn`), or where there are no labels the rank (`score_rank`).
     """
     looks = []
     for samples in (held_out, train):
         (x,), labels = features([encoder], samples, args, device, args.probe_samples)
         if not x.isfinite().all():
             return {}  # the loss is not finite either, which ends the run
-        known = by_label(samples.source, labels) if labelled else {}
         look = dict(zip(("spread", "rank"), spread_and_rank(x)))
-        looks.append(look | {f"knn_{name}": nearest_neighbours(x, of_name) for name, of_name in known.items()})
+        looks.append(look | {"knn": nearest_neighbours(x, labels)} if labelled else look)
     found, of_training = looks
-    accuracies = [value for name, value in of_training.items() if name.startswith("knn_")]
-    score = {"score_knn": sum(accuracies) / len(accuracies)} if accuracies else {"score_rank": of_training["rank"]}
-    return found | score
+    score = "knn" if labelled else "rank"
+    return found | {f"score_{score}": of_training[score]}
 
 
 def ridge_probe(train_features, train_labels, features, labels, penalty=1e-4):
@@ -685,10 +722,9 @@ def print_probe(encoders, train, val, args, device, train_limit=3000, limit=3000
     """Print the accuracy of ridge regression on frozen features. encoders: {"after": a function as in `features`}."""
     x, y = features(encoders.values(), train, args, device, train_limit)
     x_val, y_val = features(encoders.values(), val, args, device, limit)
-    y, y_val = (by_label(train.source, labels) for labels in (y, y_val))
-    for name in y:
-        found = [ridge_probe(one, y[name], one_val, y_val[name]) for one, one_val in zip(x, x_val)]
-        print(f"probe of the frozen encoder on validation samples, {name}: "
+    found = [ridge_probe(one, y, one_val, y_val) for one, one_val in zip(x, x_val)]
+    if args.rank == 0:
+        print(f"probe of the frozen encoder on validation samples: chance {100 / len(set(y.tolist())):.1f} %, "
               + ", ".join(f"{accuracy:.1f} % {when}" for accuracy, when in zip(found, encoders)))
 
 

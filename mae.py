@@ -419,7 +419,7 @@ def pretrain(args):
     run = Run(args, model, optimizer, scaler)  # goes on from --out, if there is a run: then run.step > 0
     if args.checkpointing:
         use_checkpointing(model)
-    net = DistributedDataParallel(model) if args.processes > 1 else model
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
     batches = data.training_loader(samples, args, device, run.step)
@@ -447,18 +447,18 @@ def pretrain(args):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        found = None  # no look at the features at this step; on other ranks than 0 a look is {}
+        found = None  # no look at the features at this step
         if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
-            found = data.watch(features_of(model), train, val, args, device, bool(classes)) if args.rank == 0 else {}
+            found = data.watch(features_of(model), train, val, args, device, bool(classes))
             model.train()
         run.step_done(lr, found)  # logs, saves
     run.close()
 
     if args.rank == 0:
         save_picture(model, val, args, device)
-        if classes:
-            models = {"before training": new_model(args).to(device), "after": model}
-            data.print_probe({when: features_of(m) for when, m in models.items()}, train, val, args, device)
+    if classes:
+        models = {"before training": new_model(args).to(device), "after": model}
+        data.print_probe({when: features_of(m) for when, m in models.items()}, train, val, args, device)
     data.report_unreadable(args, train_source, val_source)
 
 

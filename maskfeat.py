@@ -54,7 +54,7 @@ TARGET = dict(
     mask_ratio=flag(0.4, "share of the patches that are hidden", share, demo=0.75, demo_video=0.6),
 )
 PRETRAIN = INPUT | MODEL | TARGET | TRAINING | dict(
-    epochs=flag(300.0, "passes over the data", demo=4.25, demo_video=4.8),
+    epochs=flag(300.0, "passes over the data", demo=8.5, demo_video=4.8),
     batch_size=flag(2048, "images or clips per step, on all GPUs together", video=512, demo=16, demo_video=32),
     base_lr=flag(2e-4, "learning rate per 256 of a batch", video=8e-4, demo=1.6e-2, demo_video=1.2e-2),
     min_lr=flag(1e-6, "learning rate at the end of the schedule"),
@@ -63,7 +63,6 @@ PRETRAIN = INPUT | MODEL | TARGET | TRAINING | dict(
     flip=flag(True, "mirror half of the training samples"),
 )
 FINETUNE = INPUT | MODEL | TRAINING | CLASSIFICATION | AUGMENTATION | dict(
-    label=flag("photograph", "what to classify in the built-in clips", ["photograph", "motion"]),
     views=flag(1, "clips of each video in the last test, their logits averaged; the tests before take one", video=10,
                demo_video=1),
     epochs=flag(100.0, "passes over the data", large=50.0, demo=10.0),
@@ -74,7 +73,7 @@ FINETUNE = INPUT | MODEL | TRAINING | CLASSIFICATION | AUGMENTATION | dict(
     layer_decay=flag(0.65, "factor on the learning rate from one block to the block below", large=0.75, video=0.75,
                      demo=0.75),
     drop_path=flag(0.1, "chance to skip a branch of the last block; rises linearly from the first", share, demo=0.0),
-    flip=flag(True, "mirror half of the training samples (never with --label motion)"),
+    flip=flag(True, "mirror half of the training samples (never of the built-in clips)"),
 )
 SHOW = INPUT | MODEL | TARGET | dict(
     image=flag(None, "photograph, video or folder of frames for show (default: some of --data)", str))
@@ -275,7 +274,7 @@ def pretrain(args):
     run = Run(args, model, optimizer, scaler)  # goes on from --out, if there is a run: then run.step > 0
     if args.checkpointing:
         use_checkpointing(model)
-    net = DistributedDataParallel(model) if args.processes > 1 else model
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
     batches = data.training_loader(samples, args, device, run.step)
@@ -286,8 +285,11 @@ def pretrain(args):
             group["lr"] = lr
 
         # Every process draws the masks of the whole batch and uses its own rows: the number of GPUs changes nothing.
-        generator.manual_seed(mix_seed(args.seed, step))
-        _, hidden = MASKS[args.masking](args.batch_size, model.grid, args.mask_ratio, generator, device)
+        # Those of 8 steps together, since the hundreds of small operations take a GPU as long for one step.
+        if step % 8 == 0 or step == run.step:
+            generator.manual_seed(mix_seed(args.seed, step // 8))
+            _, ahead = MASKS[args.masking](8 * args.batch_size, model.grid, args.mask_ratio, generator, device)
+        hidden = ahead.unflatten(0, (8, -1))[step % 8]
         for part in range(args.accumulate):
             rows = data.rows_of_process(args, part)
             pixels, _ = next(batches)  # (B, C, H, W), or (B, views, segments, C, T, H, W), of which there is one clip
@@ -303,18 +305,18 @@ def pretrain(args):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        found = None  # no look at the features at this step; on other ranks than 0 a look is {}
+        found = None  # no look at the features at this step
         if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
-            found = data.watch(features_of(model), train, val, args, device, bool(classes)) if args.rank == 0 else {}
+            found = data.watch(features_of(model), train, val, args, device, bool(classes))
             model.train()
         run.step_done(lr, found)  # logs, saves
     run.close()
 
     if args.rank == 0:
         save_picture(model, val, args, device)
-        if classes:
-            models = {"before training": new_model(args).to(device), "after": model}
-            data.print_probe({when: features_of(m) for when, m in models.items()}, train, val, args, device)
+    if classes:
+        models = {"before training": new_model(args).to(device), "after": model}
+        data.print_probe({when: features_of(m) for when, m in models.items()}, train, val, args, device)
     data.report_unreadable(args, train_source, val_source)
 
 
@@ -357,10 +359,9 @@ def new_classifier(args, classes):
 def finetune(args):
     """Classification of images or videos with the whole encoder (mean of the patch tokens, then a linear layer)."""
     device = join_processes(args)
-    train_source, val_source, classes = data.open_sources(args.data, args.channels, True, args.frames, args.stride,
-                                                          args.label)
+    train_source, val_source, classes = data.open_sources(args.data, args.channels, True, args.frames, args.stride)
     data.settle(args, train_source)
-    flip = args.flip and not (args.data is None and args.frames > 1 and args.label == "motion")
+    flip = args.flip and not (args.data is None and args.frames > 1)
     samples = data.Samples(train_source, data.strong_augmentation(args, flip), args.seed)
     val = data.Samples(val_source, data.CentreCrop(args.image_size), replace_unreadable=False)
     model = new_classifier(args, len(classes)).to(device)

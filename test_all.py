@@ -1,6 +1,7 @@
 """Every test. `pytest -q -n 2 test_all.py` takes minutes on two CPU cores and needs neither a GPU nor a network."""
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,9 @@ import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image, features
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 import common
 import data
@@ -409,7 +413,7 @@ def test_a_rectangle_is_erased_by_noise_of_the_normalised_image():
     erased = data.Erasing(args)(image)
     changed = (erased - 100 / 255).abs().amax(0) > 1e-5
     assert 0.02 < changed.float().mean() < 0.35 and erased.dtype == torch.float32
-    (normalised, _), = data.loader([(erased, 0)], [[0]], args, torch.device("cpu"), workers=0)
+    normalised, _ = data.examples(data.Samples([(image, 0)], lambda _: erased), [0], args, torch.device("cpu"))
     assert normalised[0][:, changed].std() == pytest.approx(1, abs=0.1)
     assert data.Erasing(_args(erasing=0.0))(image).sub(100 / 255).abs().max() < 1e-6
 
@@ -836,7 +840,7 @@ def test_best_is_chosen_by_training_samples(folder, tmp_path, monkeypatch, capsy
         flags = ["--data", folder, *tiny, "--steps", 3, "--probe-every", 1, "--keep-every", 2, "--out", out]
         main(monkeypatch, *flags, method=method)
         record = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1]
-        assert {"spread", "rank", "knn_class"} <= set(record)
+        assert {"spread", "rank", "knn"} <= set(record)
         assert common.read_checkpoint(out / "best.pt")["step"] == 2
         kept = sorted(path.name for path in out.glob("step-*.pt"))
         assert kept == ["step-00002.pt"] and common.read_checkpoint(out / kept[0])["step"] == 2
@@ -1249,26 +1253,37 @@ def test_lists_of_paths_and_labels(videos, tmp_path):
 
 def test_built_in_clips():
     train, val = data.Clips(True, 8), data.Clips(False, 8, length=1500)
-    assert len(train.motions) == 12 and len(train.classes) == 180
-    labels = [train[i][1] for i in range(0, 6000, 10)]
-    assert {label // 12 for label in labels} == set(range(15)) and {label % 12 for label in labels} == set(range(12))
-    assert torch.equal(train[17][0], train[17][0]) and train[17][0].shape == (1, 8, 3, 64, 64)
+    labels = [train[i][1] for i in range(0, 6000, 20)]
+    assert len(train) == 6000 and set(labels) == set(range(len(train.classes))) == set(range(12))
+    clip = train[17][0]
+    assert torch.equal(clip, train[17][0]) and clip.shape == (1, 8, 3, 64, 64)
+    assert not torch.equal(clip, train[18][0]) and not torch.equal(clip, val[17][0])  # a collage each
+    assert data.Clips(True, 2, channels=1)[17][0].shape == (1, 2, 1, 64, 64)
     val.regions = [Image.new("RGB", region.size, "white") for region in val.regions]
-    for i in range(0, 1500, 7):  # the camera never leaves the photograph: no black corner comes in
-        assert val[i][0].min() == 255
+    for val.speed in (1, 2):  # the camera never leaves the collage: no black corner comes in
+        assert min(val[i][0].min() for i in range(0, 1500, 14)) == 255
+
     def change(clips):
         some = [clips[i][0][0].float() for i in range(0, 6000, 60)]
         return np.mean([(clip[0] - clip[-1]).abs().mean() for clip in some])
     assert change(data.Clips(True, 8, stride=8)) > change(train)  # the camera goes farther
-    by_label = {label: data.Clips(True, 2, label=label)[5999][1] for label in ("photograph", "motion", None)}
-    assert by_label[None] == by_label["photograph"] * 12 + by_label["motion"]
     shift = {}  # a pan to the right moves the picture to the left
     for i in range(400):
         clip, label = train[i]
         clip = clip[0].float().mean(1)
         errors = [(clip[1, :, 8:-8] - clip[0, :, 8 + s:56 + s]).abs().mean() for s in range(-6, 7)]
-        shift.setdefault(train.motions[label % 12], []).append(int(torch.stack(errors).argmin()) - 6)
+        shift.setdefault(train.classes[label], []).append(int(torch.stack(errors).argmin()) - 6)
     assert np.median(shift["pan right"]) > 0 > np.median(shift["pan left"])
+
+
+def test_labels_of_built_in_clips_cannot_be_told_from_colours():
+    """Mean and deviation of each colour say as little of the motion as chance does, 8.3 %."""
+    moments = []
+    for clips in (data.Clips(True, 8, length=1200, stride=8), data.Clips(False, 8, length=600, stride=8)):
+        pixels, labels = zip(*(clips[i] for i in range(len(clips))))
+        pixels = torch.stack(pixels).float().transpose(2, 3).flatten(3)  # (N, 1, C, everything else)
+        moments += [torch.cat([pixels.mean(3), pixels.std(3)], dim=2)[:, 0], torch.tensor(labels)]
+    assert data.ridge_probe(*moments) < 12.5  # chance and four standard deviations
 
 
 def test_logits_of_several_clips_are_averaged():
@@ -1751,6 +1766,46 @@ def test_the_accuracy_of_two_processes_is_exact(folder, tmp_path, monkeypatch, c
     assert two.returncode == 0 and two.stdout == one and "of 11 validation samples" in one, two.stderr
 
 
+def test_processes_share_the_looks_at_the_features(folder, tmp_path, monkeypatch, capsys):
+    """Each sample is encoded by one of them, and all find what one process finds, to the last digit printed."""
+    shutil.copytree(folder, tmp_path / "images")
+    (tmp_path / "images/test/coffee/3.png").unlink()  # 11 validation images
+    flags = ["--data", tmp_path / "images", "--steps", 2, "--probe-every", 2, "--probe-samples", 11, *TINY_FLAGS]
+    main(monkeypatch, "--out", tmp_path / "one", *flags)
+    printed = [line for line in capsys.readouterr().out.splitlines() if "before training" in line]
+    two = run("mae.py", "--out", tmp_path / "two", *flags, processes=2)
+    assert two.returncode == 0 and printed[0] in two.stdout, two.stderr
+    one, two = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("one", "two"))
+    for name in ("knn", "score_knn", "rank", "spread"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4)
+
+    source = data.open_sources(tmp_path / "images")[1]  # 3 samples for 5 processes, one after the other
+    source.names, source.labels = source.names[:3], source.labels[:3]
+    samples, sums = data.Samples(source, data.CentreCrop(32)), []
+    monkeypatch.setattr(data, "sum_over_processes", lambda x: sums.append(x) or x)
+    for rank in range(5):
+        data.features([lambda x: x.flatten(1)], samples, _args(rank=rank, processes=5), torch.device("cpu"), 20)
+    whole = data.features([lambda x: x.flatten(1)], samples, _args(), torch.device("cpu"), 20)
+    assert torch.equal(sum(sums[:10:2]), whole[0][0]) and torch.equal(sum(sums[1:10:2]), whole[1])
+
+
+def test_workers_hand_over_chunks_of_a_batch(folder, monkeypatch):
+    """So the shared memory that they need does not go by the size of a batch; what comes out is the same."""
+    source = data.open_sources(folder)[0]
+    crop, erase = data.CentreCrop(32), data.Erasing(_args(erasing=0.5))
+    samples = data.Samples(source, lambda image: erase(crop(image)))
+    batches = [[(i, i) for i in range(12)], [(i, 7) for i in range(5)]]
+    once = list(data.loader(samples, batches, _args(), torch.device("cpu"), 0))
+    monkeypatch.setattr(data, "CHUNK", 4 * 4 * 3 * 32 ** 2)  # of 4 images
+    sizes, collate = [], data.collate
+    monkeypatch.setattr(data, "collate", lambda chunk: sizes.append(len(chunk)) or collate(chunk))
+    for workers in (0, 2):
+        again = list(data.loader(samples, iter(batches), _args(), torch.device("cpu"), workers))
+        for old, new in zip(once, again, strict=True):
+            assert all(map(torch.equal, old, new))
+    assert sizes == [4, 4, 4, 4, 1]
+
+
 def test_broken_files_among_many(tmp_path, monkeypatch, capfd):
     """1 % of a folder is damaged or unusual: it trains to the end, each is skipped and named once, or converted."""
     images, generator = tmp_path / "images", np.random.default_rng(0)
@@ -1821,7 +1876,7 @@ def test_maskfeat_on_videos_by_command_line(videos, tmp_path, monkeypatch, capsy
     flags = ["--recipe", "demo", "--data", videos, "--batch-size", 4, "--stride", 2]
     printed = maskfeat_main(*flags, "--frames", 4, "--image-size", 32, "--patch-size", 8, "--steps", 2,
                             "--target", "pixels", "--out", out)
-    assert "validation samples, class: " in printed and Image.open(out / "prediction.png").height == 2 * 224 + 3 * 4
+    assert "validation samples: chance " in printed and Image.open(out / "prediction.png").height == 2 * 224 + 3 * 4
     flags += ["--init", out / "last.pt"]
     printed = maskfeat_main("finetune", *flags, "--views", 3, "--steps", 2, "--randaugment", 7, "--mixup", 0.8,
                             "--out", tmp_path / "f")
@@ -1845,9 +1900,9 @@ def test_vjepa_by_command_line(videos, folder, checkpoint, tmp_path, monkeypatch
     out = tmp_path / "run"
     flags = ["--data", videos, "--stride", 2, "--batch-size", 4]
     printed = vjepa_main(*VJEPA_FLAGS, *flags, "--steps", 3, "--probe-every", 2, "--out", out)
-    assert "validation samples, class: " in printed and str(out / "best.pt") in printed
+    assert "validation samples: chance " in printed and str(out / "best.pt") in printed
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert {"step", "loss", "lr", "momentum", "knn_class", "spread", "rank", "score_knn"} <= set(records[1])
+    assert {"step", "loss", "lr", "momentum", "knn", "spread", "rank", "score_knn"} <= set(records[1])
     assert "rank" not in records[0]
     best, last = (common.read_checkpoint(out / name) for name in ("best.pt", "last.pt"))
     assert best["step"] in (2, 3) and last["step"] == 3
@@ -1858,7 +1913,7 @@ def test_vjepa_by_command_line(videos, folder, checkpoint, tmp_path, monkeypatch
     limits, features = [], data.features
     monkeypatch.setattr(data, "features", lambda *rest: limits.append(rest[-1]) or features(*rest))
     again = vjepa_main(*VJEPA_FLAGS, *flags, "--steps", 3, "--probe-every", 2, "--probe-labels", 0.01, "--out", out)
-    assert "validation samples, class: " in again and limits == [30, 3000]  # the finished run is only probed again
+    assert "validation samples: chance " in again and limits == [60, 6000]  # the finished run is only probed again
 
     vjepa_main(*flags, "--init", out / "last.pt", "--steps", 1, "--out", tmp_path / "more")  # the same model and masks
     assert common.read_checkpoint(tmp_path / "more/last.pt")["settings"]["masking"] == "multiblock"
@@ -1884,7 +1939,7 @@ def test_vjepa_by_command_line(videos, folder, checkpoint, tmp_path, monkeypatch
     stills = ["probe", "--data", folder, "--still", "--init", out / "last.pt", "--steps", 2, "--batch-size", 4]
     assert "top-1" in vjepa_main(*stills, "--out", tmp_path / "i")
     stills = ["--data", folder, "--still", *VJEPA_FLAGS, "--steps", 1]
-    assert "validation samples, class: " in vjepa_main(*stills, "--out", tmp_path / "still")
+    assert "validation samples: chance " in vjepa_main(*stills, "--out", tmp_path / "still")
 
 
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--compile"]])
@@ -1984,16 +2039,20 @@ def test_classifiers_on_a_gpu(method, flags, precision, compiled, folder, tmp_pa
 
 
 @needs_gpu
-def test_torchrun_on_a_gpu_goes_on(folder, tmp_path):
-    command = ["mae.py", *TINY_FLAGS, "--device", "cuda", "--data", folder, "--out", tmp_path]
-    command += ["--steps", 4, "--save-every", 2]
-    done = run(*command, processes=1)
+def test_torchrun_on_gpus_goes_on(folder, tmp_path):
+    """With as many GPUs as there are (a power of two, up to 8): resumed, and the losses those of one GPU."""
+    processes = max(n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count())
+    command = ["mae.py", *TINY_FLAGS, "--device", "cuda", "--data", folder, "--steps", 4, "--save-every", 2]
+    done = run(*command, "--out", tmp_path, processes=processes)
     assert done.returncode == 0, done.stderr
     whole = losses(tmp_path)
     (tmp_path / "last.pt").unlink()  # what is left, previous.pt, is of step 2
-    done = run(*command, processes=1)
+    done = run(*command, "--out", tmp_path, processes=processes)
     assert done.returncode == 0 and "step 2 of 4" in done.stdout, done.stderr
     assert losses(tmp_path) == pytest.approx(whole, rel=0.01)
+    if processes > 1:
+        done = run(*command, "--out", tmp_path / "one", processes=1)
+        assert done.returncode == 0 and losses(tmp_path / "one") == pytest.approx(whole, rel=0.01), done.stderr
 
 
 @needs_gpu
@@ -2004,6 +2063,91 @@ def test_hog_on_a_gpu_is_that_on_a_cpu():
     with torch.autocast("cuda", torch.bfloat16):
         found = maskfeat.hog(images).cpu()
     assert ((found - maskfeat.hog(photographs())).abs() > 1e-5).float().mean() < 1e-3
+
+
+def fake_cuda_works():
+    """Older versions of PyTorch ask the driver even for a fake tensor."""
+    with contextlib.suppress(RuntimeError), FakeTensorMode():
+        torch.empty(1, device="cuda:0").uniform_()
+        return True
+    return False
+
+
+class FakeGPU(TorchDispatchMode):
+    """Notes what lives on a GPU that is not there, {storage: bytes}; in a step, what makes the CPU wait is an error."""
+
+    def __torch_dispatch__(self, op, types, inputs=(), options=None):
+        results = op(*inputs, **(options or {}))  # FakeTensorMode stops at mixed devices and at .item()
+        for x in filter(torch.is_tensor, torch.utils._pytree.tree_leaves(results)):
+            source = inputs[0] if inputs and torch.is_tensor(inputs[0]) else x
+            assert not self.stepping or source.device == x.device, f"{op} goes to {x.device}: the CPU waits"
+            assert op.overloadpacket not in (torch.ops.aten.addmm, torch.ops.aten.convolution) or x.dtype == self.dtype
+            if x.is_cuda:
+                self.storages[x.untyped_storage()] = x.untyped_storage().nbytes()
+        return results
+
+
+MEMORY = [  # GiB, as in the README
+    (mae, "--batch-size 512", 25.8), (mae, "--size large --batch-size 512 --precision fp16", 42.0),
+    (mae, "--size huge --batch-size 512 --accumulate 2", 44.9), (mae, "--dates 3 --batch-size 64", 10.6),
+    (mae, "--channels 6 --bands 0,1,2/3,4/5 --batch-size 64 --precision fp16", 10.5),
+    (maskfeat, "--batch-size 256", 17.8), (maskfeat, "--frames 16 --batch-size 64 --precision fp16", 34.9),
+    (vjepa, "--batch-size 24", 26.2), (vjepa, "--batch-size 48 --accumulate 2 --precision fp16", 25.4)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests do it with numbers")
+@pytest.mark.skipif(not fake_cuda_works(), reason="this PyTorch needs a driver")
+@pytest.mark.parametrize("method, flags, gib", MEMORY)
+def test_steps_on_fake_cuda_tensors(method, flags, gib, monkeypatch):
+    """Three steps of a paper, as one of 8 GPUs takes them: devices and dtypes fit, nothing waits, and what lives after
+    the forward pass is 90 to 100 % of the README's memory. The backward pass, for which autograd would ask the driver,
+    the run and the data have stand-ins.
+    """
+    gpu, models, peaks, stack = FakeGPU(), [], [], contextlib.ExitStack()
+    gpu.storages, gpu.stepping, new_model, draw_masks = WeakIdKeyDictionary(), False, method.new_model, vjepa.draw_masks
+    gpu.dtype = torch.half if "fp16" in flags else torch.bfloat16
+    run = MagicMock(step=1, losses=[], **{"step_done.side_effect": [None, None, EOFError]})
+    fake = lambda *shape, dtype=None: torch.empty(shape, dtype=dtype, device="cuda:0")
+
+    def join(args):
+        args.device, args.rank, args.processes = "cuda", 0, 1
+        return torch.device("cuda:0")
+
+    def model(args):
+        stack.enter_context(FakeTensorMode()), stack.enter_context(gpu)
+        with torch.device("cuda:0"):  # where it is made, as a fake model cannot move
+            return models.append(new_model(args)) or models[0]
+
+    def batches(_, args, *__):
+        gpu.stepping, dates, frames = True, getattr(args, "dates", 1), getattr(args, "frames", 1)
+        B, times = args.batch_size // args.accumulate, [dates] if dates > 1 else [frames] if frames > 1 else []
+        pixels = fake(B, *[1, 1] * (frames > 1), args.channels, *times, args.image_size, args.image_size)
+        return itertools.repeat((pixels, fake(B), *[fake(B, dates, 3)] * (dates > 1)))
+
+    def masks(*arguments):
+        with unset_fake_temporarily(), torch.device("cpu"):
+            ids = draw_masks(*arguments[:-1], "cpu")
+        return [[fake(*x.shape, dtype=x.dtype) if gpu.stepping else x for x in kind] for kind in ids]
+
+    def backward(_):
+        peaks.append(sum(gpu.storages.values()) / 2 ** 30)
+        for parameter in models[0].parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+
+    flash = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]  # the choice asks the driver
+    for name, stand_in in {
+            "new_model": model, "Run": lambda *_: run, "join_processes": join, "data.training_loader": batches,
+            "torch.Tensor.backward": backward, "vjepa.draw_masks": masks,
+            "torch.nn.functional.scaled_dot_product_attention": flash, "torch.nn.Module.to": lambda module, _: module,
+            "torch.nn.init.trunc_normal_": lambda x, **_: x, "torch.Generator": lambda _=None, kind=torch.Generator: kind(),
+            "torch.cuda.is_bf16_supported": lambda *_, **__: True,
+            "torch.cuda.amp.common.amp_definitely_not_available": lambda: False}.items():
+        monkeypatch.setattr(name if "." in name else f"{method.__name__}.{name}", stand_in)
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, raising=False)  # of the y-encoder
+    with stack, pytest.raises(EOFError):
+        main(monkeypatch, *"--recipe paper --no-compile --steps 1000 --warmup 0 --workers 0 --precision bf16".split(),
+             *flags.split(), method=method)
+    assert 0.9 * gib < max(peaks) < gib
 
 
 def test_batches_are_not_divided_by_numbers():
@@ -2204,7 +2348,7 @@ def readme_commands():
 def test_every_command_of_the_readme_runs(folder, videos, places, tmp_path, monkeypatch, capsys):
     """Each with its own flags, on a tiny model and a few samples, for one step, in one process without torchrun."""
     commands = readme_commands()
-    assert len(commands) > 40 and {method for method, _ in commands} == {"mae", "maskfeat", "vjepa"}
+    assert len(commands) > 30 and {method for method, _ in commands} == {"mae", "maskfeat", "vjepa"}
     monkeypatch.chdir(tmp_path)
     open_sources = data.open_sources
 
@@ -2258,18 +2402,12 @@ def test_every_command_of_the_readme_runs(folder, videos, places, tmp_path, monk
     assert printed.count("validation") > 20 and printed.count("picture") > 20
 
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    matplotlib = MagicMock()  # a tool of the README, as timm is, and not a dependency
-    matplotlib.pyplot.subplots.return_value = MagicMock(), [MagicMock(), MagicMock(), MagicMock()]
-    for name in ("matplotlib", "matplotlib.pyplot"):
-        monkeypatch.setitem(sys.modules, name, matplotlib)
-    monkeypatch.setitem(sys.modules, "timm", MagicMock())
-    Path("assets").mkdir()
+    monkeypatch.setitem(sys.modules, "timm", MagicMock())  # a tool of the README and not a dependency
     frames = common.read_weights("runs/vjepa/best.pt")[1]["frames"]  # several commands write it
     found = {"images": torch.randn(2, 3, 32, 32), "clips": torch.randn(2, 3, frames, 32, 32)}
     for block in blocks:
         exec(block, found)
-    assert len(found["lines"]) == 1 and found["features"].shape == (2, 128)
-    assert found["trained"](found["images"]).shape == (2, 2)
+    assert found["features"].shape == (2, 128) and found["trained"](found["images"]).shape == (2, 2)
 
 
 def test_a_wrong_command_exits_with_2_and_no_traceback():

@@ -65,25 +65,24 @@ PREDICTOR = dict(
 )
 STILL = dict(still=flag(False, "the data are images, each of which is repeated in time"))
 PRETRAIN = INPUT | MODEL | STILL | MASKING | PREDICTOR | TRAINING | dict(
-    steps=flag(90_000, "length of the training, optimizer steps; or --epochs", demo=900),
+    steps=flag(90_000, "length of the training, optimizer steps; or --epochs", demo=3000),
     epochs=flag(None, "passes over the data", number),
     batch_size=flag(3072, "clips per step, on all GPUs together", demo=16),
-    base_lr=flag(6.25e-4 * 256 / 3072, "learning rate per 256 clips of a batch", demo=6.4e-2),
+    base_lr=flag(6.25e-4 * 256 / 3072, "learning rate per 256 clips of a batch", demo=1.6e-2),
     start_lr=flag(0.32, "share of the learning rate at which the warm-up starts", share, demo=0.0),
     min_lr=flag(1e-6, "learning rate at the end of the schedule"),
-    warmup=flag(40 / 300, "share of the steps in which the learning rate rises", share, demo=0.2),
+    warmup=flag(40 / 300, "share of the steps in which the learning rate rises", share, demo=0.1),
     weight_decay=flag(0.04, "of AdamW at the start of the schedule"),
-    final_weight_decay=flag(0.4, "of AdamW at its end"),
-    momentum=flag(0.998, "of the y-encoder at the start of the schedule", share, demo=0.99),
+    final_weight_decay=flag(0.4, "of AdamW at its end", demo=0.04),
+    momentum=flag(0.998, "of the y-encoder at the start of the schedule", share, demo=0.996),
     final_momentum=flag(1.0, "of the y-encoder at its end", share),
     stretch=flag(1.25, "length of the schedules over that of the training, which cuts them off",
-                 functools.partial(number, least=1), demo=2.5),
+                 functools.partial(number, least=1)),
     clip_grad=flag(10.0, "largest L2 norm of the gradient, of encoder and predictor apart, after the warm-up"),
     flip=flag(True, "mirror half of the training samples"),
 )
 FINAL_PROBE = dict(probe_labels=flag(1.0, "share of its training clips that the probe after the training gets", share))
 PROBE = INPUT | MODEL | STILL | TRAINING | CLASSIFICATION | dict(
-    label=flag("motion", "what to classify in the built-in clips", ["photograph", "motion"]),
     segments=flag(8, "clips of each video, whose tokens the probe attends to together", demo=1),
     views=flag(3, "squares that each clip is cut into for a test, their probabilities averaged", demo=1),
     epochs=flag(20.0, "passes over the data", demo=5.0),
@@ -97,7 +96,7 @@ PROBE = INPUT | MODEL | STILL | TRAINING | CLASSIFICATION | dict(
     smoothing=flag(0.0, "label smoothing", share),
     randaugment=flag(7.0, "magnitude of RandAugment, 0 to 10", functools.partial(number, most=10), demo=0.0),
     erasing=flag(0.25, "probability of random erasing", share, demo=0.0),
-    flip=flag(False, "mirror half of the training samples (never with --label motion)"),
+    flip=flag(False, "mirror half of the training samples (never of the built-in clips)"),
     classifier=flag(None, "published attentive probe to test with the encoder in --init", str),
 )
 FINETUNE = PROBE | dict(  # ours: the published code has none
@@ -303,9 +302,9 @@ def new_model(args):
     return model
 
 
-def open_clips(args, labelled, label=None):
+def open_clips(args, labelled):
     """Sources of clips, or with --still of images, as in `data.open_sources`."""
-    return data.open_sources(args.data, args.channels, labelled, 1 if args.still else args.frames, args.stride, label)
+    return data.open_sources(args.data, args.channels, labelled, 1 if args.still else args.frames, args.stride)
 
 
 def in_time(transform, args):
@@ -337,7 +336,7 @@ def pretrain(args):
     if args.checkpointing:
         use_checkpointing(model)
     # DDP wraps all three networks together; the y-encoder has no gradient, so it is only copied once, at the start.
-    net = DistributedDataParallel(model) if args.processes > 1 else model
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
     batches = data.training_loader(samples, args, device, run.step)
@@ -372,11 +371,12 @@ def pretrain(args):
         optimizer.zero_grad(set_to_none=True)
         model.update_target_encoder(momentum)
 
-        found = None  # no look at the features at this step; on other ranks than 0 a look is {}
+        found = None  # no look at the features at this step
         if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
             features = features_of(model.target_encoder)
-            found = data.watch(features, train, val, args, device, bool(classes)) if args.rank == 0 else {}
-            if found and (found["spread"] < 0.1 or found["rank"] < 2):  # a healthy run has a spread of 0.4 and more
+            found = data.watch(features, train, val, args, device, bool(classes))
+            collapsed = found and (found["spread"] < 0.1 or found["rank"] < 2)  # a healthy spread is 0.4 and more
+            if collapsed and args.rank == 0:
                 tqdm.write("warning: the features collapse (spread {spread:.3f}, effective rank {rank:.1f}): all clips "
                            "look alike to the encoder. Lower --base-lr, raise --momentum or --batch-size."
                            .format(**found), sys.stderr)
@@ -385,12 +385,12 @@ def pretrain(args):
 
     if args.rank == 0:
         save_picture(model.target_encoder, val, args, device)
-        if classes:
-            encoders = {"before training": new_model(args).to(device).target_encoder, "after": model.target_encoder,
-                        "in best.pt": ViT.load(Path(args.out, "best.pt")).to(device)}
-            encoders = {when: features_of(encoder) for when, encoder in encoders.items()}
-            clips = 15 * args.probe_samples
-            data.print_probe(encoders, train, val, args, device, max(2, round(args.probe_labels * clips)), clips)
+    if classes:
+        encoders = {"before training": new_model(args).to(device).target_encoder, "after": model.target_encoder,
+                    "in best.pt": ViT.load(Path(args.out, "best.pt")).to(device)}
+        encoders = {when: features_of(encoder) for when, encoder in encoders.items()}
+        clips = 15 * args.probe_samples
+        data.print_probe(encoders, train, val, args, device, max(2, round(args.probe_labels * clips)), clips)
     data.report_unreadable(args, train_source, val_source)
 
 
@@ -470,11 +470,11 @@ def classify(args):
     if args.classifier and not args.eval_only:
         raise UserError("--classifier is for --eval-only")
     device = join_processes(args)
-    train_source, val_source, classes = open_clips(args, True, args.label)
+    train_source, val_source, classes = open_clips(args, labelled=True)
     data.settle(args, train_source)
     train_source.segments = args.segments if args.segments > 1 else None  # a single one begins at a random time
     val_source.segments = args.segments
-    flip = args.flip and not (args.data is None and not args.still and args.label == "motion")
+    flip = args.flip and not (args.data is None and not args.still)
     augmentation = data.strong_augmentation(args, flip, operations=4)
     samples = data.Samples(train_source, in_time(augmentation, args), args.seed)
     view = data.CentreCrop(args.image_size, 1 if args.still else args.views)
