@@ -779,8 +779,8 @@ MACHINE = dict(  # where and how a run is made: no settings, so a run goes on al
     device=flag(DEVICES[0], "where to compute, of what this machine has", DEVICES),
     precision=flag(None, "of products (default: bf16 on CUDA, or else fp16; on others fp32)", ["bf16", "fp16", "fp32"]),
     compile=flag(None, "use torch.compile (default: on CUDA)", bool),
-    workers=flag(min(16, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
-                 "data loading processes per GPU", whole),
+    workers=flag(None, "data loading processes per GPU (default: its share of the cores, at most 16; on a CPU half of "
+                 "the cores, and the others compute)", whole),
     accumulate=flag(1, "passes that the batch of each GPU is split into, to save memory"),
     log_every=flag(50, "steps between two lines of log.jsonl", demo=20),
     save_every=flag(1000, "steps between two checkpoints", demo=300),
@@ -874,6 +874,11 @@ def parse_command_line(method, description, tasks, of_model):
     if args.precision is None:
         args.precision = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     args.compile = cuda if args.compile is None else args.compile
+    cores, on_cpu = CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), args.device == "cpu"
+    if args.workers is None:  # a benchmark loads nothing
+        args.workers = 0 if args.benchmark else max(1, min(16, cores // 2 if on_cpu else cores))
+    if on_cpu and "OMP_NUM_THREADS" not in os.environ:  # threads and workers on the same core wait for one another
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - args.workers)))
     args.out = args.out or f"runs/{method}" + (f"-{task}" if task != "pretrain" else "")
     return args
 

@@ -8,10 +8,12 @@ depends on (seed, step) alone: not on the number of workers or processes, nor on
 batch on the device is normalised: images (B, C, H, W), series (B, C, dates, H, W), and clips always (B, views,
 segments, C, T, H, W), where segments are parts of the time of a video and views parts of its frames.
 """
+import contextlib
 import functools
 import itertools
 import math
 import os
+import random
 import re
 import signal
 import sys
@@ -98,7 +100,7 @@ class Clips(Photographs):
 
     A clip is (1, T, C, 64, 64), its label the motion. Each clip has a collage of its own, so that what is hidden cannot
     be told from knowing the picture, only from what is seen and from how that moves. The photographs are the regions of
-    `Photographs`, at half their size. With twice the stride the camera goes twice as far.
+    `Photographs`, smaller. With twice the stride the camera goes twice as far.
     """
     classes = [f"pan {direction}" for direction in ("right", "down right", "down", "down left", "left", "up left", "up",
                                                     "up right")] + ["zoom in", "zoom out", "roll left", "roll right"]
@@ -106,31 +108,32 @@ class Clips(Photographs):
 
     def __init__(self, train, frames, channels=3, length=6000, stride=4):
         super().__init__(train, channels, length)
-        self.regions = [x.resize((x.width // 2, x.height // 2), Image.LANCZOS) for x in self.regions]
+        self.pictures = [x.resize((int(scale * x.width), int(scale * x.height)), Image.BILINEAR)
+                         for x in self.regions for scale in (0.35, 0.5, 0.7)]
         y, x = np.mgrid[-1:1:128j, -1:1:128j]
         self.disc = Image.fromarray(x ** 2 + y ** 2 < 1)
         self.train, self.frames, self.speed = train, frames, stride / 4
 
     def collage(self, draw, side=160, pieces=24):
         """A scene of side x side pixels: a part of a photograph, and squares and discs of others laid over it."""
-        def part(size):  # a square of any photograph, smaller or larger than it was, turned or mirrored
-            region = self.regions[draw.integers(len(self.regions))]
-            cut = min(size * draw.uniform(0.6, 1.6), *region.size)
-            left, top = draw.uniform(0, region.width - cut), draw.uniform(0, region.height - cut)
-            image = region.resize((size, size), Image.BILINEAR, (left, top, left + cut, top + cut))
-            return image.transpose(Image.Transpose(draw.integers(7)))
+        def part(size):  # a square of any photograph, turned or mirrored, enlarged only if the photograph is too small
+            picture = draw.choice(self.pictures)
+            cut = min(size, *picture.size)
+            left, top = draw.randint(0, picture.width - cut), draw.randint(0, picture.height - cut)
+            image = picture.crop((left, top, left + cut, top + cut)).transpose(draw.choice(list(Image.Transpose)))
+            return image if cut == size else image.resize((size, size), Image.BILINEAR)
 
         scene = part(side)
         for _ in range(pieces):
-            size = int(draw.integers(20, 71))
-            corner = draw.integers(-size, side, size=2).tolist()  # the edges of the scene may cut it
-            scene.paste(part(size), corner, self.disc.resize((size, size)) if draw.uniform() < 0.5 else None)
+            size = draw.randint(20, 70)
+            corner = draw.randrange(-size, side), draw.randrange(-size, side)  # the edges of the scene may cut it
+            scene.paste(part(size), corner, self.disc.resize((size, size)) if draw.random() < 0.5 else None)
         return scene
 
     def __getitem__(self, index):
-        draw = np.random.default_rng((index, int(self.train)))  # a clip is the same at every draw
+        draw = random.Random(mix_seed(index, int(self.train)))  # a clip is the same at every draw
         scene = self.collage(draw)
-        motion, strength = int(draw.integers(len(self.classes))), draw.uniform(0.5, 1)
+        motion, strength = draw.randrange(len(self.classes)), draw.uniform(0.5, 1)
         time = self.speed * strength * np.linspace(-0.5, 0.5, self.frames)
         x, y, zoom, angle = np.zeros((4, self.frames))  # the camera: x and y in sides of the picture, angle in radians
         if motion < 8:
@@ -142,7 +145,7 @@ class Clips(Photographs):
         half = np.exp(zoom) * (abs(np.cos(angle)) + abs(np.sin(angle))) / 2
         reach = [(abs(x) + half).max(), (abs(y) + half).max()]  # from the middle, sides: the camera stays in the scene
         side = min(draw.uniform(48, 72), scene.width / (2 * max(reach)))
-        middle = [side * r + draw.uniform() * (scene.width - 2 * side * r) for r in reach]
+        middle = [side * r + draw.random() * (scene.width - 2 * side * r) for r in reach]
 
         film = Image.new(scene.mode, (self.side, self.frames * self.side))  # the frames, one below the other
         for t in range(self.frames):  # PIL asks where in the scene each pixel of the frame comes from
@@ -567,6 +570,12 @@ def collate(samples):
 CHUNK = 2 ** 26  # bytes, about: of the pixels that a worker hands over at once
 
 
+@functools.cache  # one for all loaders, since the allocator keeps what it has freed for the stream that had it
+def stream_of_copies(device):
+    """A CUDA stream beside that of the step which is under way; None on other devices."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
 def loader(samples, batches, args, device, workers):
     """Batches of samples, given as lists of (index, position), on the device or on their way to it, and normalised: the
     only place where that is done.
@@ -583,10 +592,10 @@ def loader(samples, batches, args, device, workers):
         samples, batch_sampler=chunks, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals))
 
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside the step that is under way
+    copies = stream_of_copies(device)
 
     def to_device(chunk):
-        with torch.cuda.stream(copies):  # of None: as if it were not there
+        with torch.cuda.stream(copies) if copies else contextlib.nullcontext():
             pixels, *rest = chunk = [x.to(device, non_blocking=True) for x in chunk]
         if copies:
             torch.cuda.current_stream().wait_stream(copies)

@@ -14,7 +14,7 @@ leaves out colour and contrast. It needs no tokenizer, no teacher and no decoder
     loss
 
     python maskfeat.py                                 pre-train on the photographs that ship with scikit-image
-    python maskfeat.py --frames 8 --out runs/clips     the same on clips of a camera that moves over them
+    python maskfeat.py --frames 8 --out runs/clips     the same on clips of a camera that moves over collages
     torchrun --nproc_per_node=8 maskfeat.py --data DIR                                the paper's recipe on your images
     torchrun --nproc_per_node=8 maskfeat.py --data DIR --frames 16 --out runs/video   and on your videos
     python maskfeat.py finetune --data DIR --init runs/maskfeat/last.pt

@@ -17,7 +17,7 @@ copy of the encoder has for them. What no one can predict, such as texture and n
 
     Each clip has two masks, many small blocks (short-range) and few large ones (long-range); the loss is their mean.
 
-    python vjepa.py                                         pre-train on clips of a camera that moves over photographs
+    python vjepa.py                                         pre-train on clips of a camera that moves over collages
     torchrun --nproc_per_node=8 vjepa.py --data DIR --accumulate 16         the paper's recipe on your videos
     python vjepa.py probe --data DIR --init runs/vjepa/last.pt              attentive probe of the frozen encoder
     python vjepa.py finetune --data DIR --init runs/vjepa/last.pt
@@ -386,8 +386,7 @@ def pretrain(args):
     if args.rank == 0:
         save_picture(model.target_encoder, val, args, device)
     if classes:
-        encoders = {"before training": new_model(args).to(device).target_encoder, "after": model.target_encoder,
-                    "in best.pt": ViT.load(Path(args.out, "best.pt")).to(device)}
+        encoders = {"before training": new_model(args).to(device).target_encoder, "after": model.target_encoder}
         encoders = {when: features_of(encoder) for when, encoder in encoders.items()}
         clips = 15 * args.probe_samples
         data.print_probe(encoders, train, val, args, device, max(2, round(args.probe_labels * clips)), clips)
