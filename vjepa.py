@@ -375,7 +375,7 @@ def pretrain(args):
         if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
             features = features_of(model.target_encoder)
             found = data.watch(features, train, val, args, device, bool(classes))
-            collapsed = found and (found["spread"] < 0.1 or found["rank"] < 2)  # a healthy spread is 0.4 and more
+            collapsed = found and (found["spread"] < 0.1 or found["rank"] < 2)  # a healthy spread is 0.2 and more
             if collapsed and args.rank == 0:
                 tqdm.write("warning: the features collapse (spread {spread:.3f}, effective rank {rank:.1f}): all clips "
                            "look alike to the encoder. Lower --base-lr, raise --momentum or --batch-size."
