@@ -541,7 +541,8 @@ def save_picture(model, samples, args, device):
     """Write a picture of some samples: original, masked, reconstruction with the visible patches pasted in.
 
     Each has a row; with bands or dates a row for each group, whose first three bands are shown as colours, or date.
-    Where the targets are normalised, the prediction gets the mean and deviation of the true patch back.
+    Where the targets are normalised, the prediction gets the mean and deviation of the true patch back; a column before
+    it has the means alone, so that what the model has added can be seen.
     """
     groups = groups_of(args.bands) or [range(args.channels)] * args.dates
     chosen = data.evenly(len(samples.source), max(1, 8 // len(groups)))
@@ -558,8 +559,10 @@ def save_picture(model, samples, args, device):
     is_hidden = is_hidden.scatter(1, hidden, True)[..., None].chunk(len(groups), dim=1)
     for group, p, t, m, s, h in zip(groups, pred, target, mean, std, is_hidden):  # (B, L, P*P*C), from m on (B, L, 1)
         patches = t * s + m
-        row = [patches, torch.where(h, 0.0, patches), torch.where(h, p * s + m, patches)]
-        row = torch.stack([unpatchify(x, model.patch_size, model.grid) for x in row], dim=1).cpu()  # (B, 3, C, H, W)
+        hidden_as = [0.0, *[m] * model.norm_pix_loss, p * s + m]
+        row = [patches, *(torch.where(h, x, patches) for x in hidden_as)]
+        row = [unpatchify(x, model.patch_size, model.grid) for x in row]
+        row = torch.stack(row, dim=1).cpu()  # (B, 3 or 4, C, H, W)
         of_group = [torch.tensor(values)[list(group)].view(-1, 1, 1) for values in (args.std, args.mean)]
         row = row * of_group[0] + of_group[1]
         if args.bands or args.channels not in (1, 3):  # no photograph: stretch it to the range of a picture

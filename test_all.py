@@ -55,6 +55,11 @@ def marked(hidden, length):
     return torch.zeros(len(hidden), length).scatter(1, hidden, 1.0)
 
 
+def patches_of(images):
+    """Images of the tiny models as patches, (B, C, 32, 32) -> (B, 16, 192)."""
+    return common.patchify(images, TINY["patch_size"])
+
+
 def inputs_of(module, run):
     """The inputs of each call of a module while `run()` runs."""
     found = []
@@ -818,7 +823,7 @@ def test_satmae_by_command_line(kind, places, tmp_path, monkeypatch, capfd):
     image = places / "val/town/1" / ("" if "--dates" in kind else "2016-02-07T12.tif")
     main(monkeypatch, "show", "--init", tmp_path / "run/last.pt", "--image", image, "--out", tmp_path / "s")
     with Image.open(tmp_path / "s/reconstruction.png") as picture:
-        assert picture.height > 2.5 * picture.width / 3  # a row for each group or date
+        assert picture.height > 2.5 * picture.width / 4  # a row for each group or date, of four columns
 
 
 def test_scenes_of_bands_and_dates():
@@ -2332,6 +2337,23 @@ def test_a_run_with_other_settings_is_not_overwritten(checkpoint, folder, monkey
     with pytest.raises(common.UserError, match=f"data {folder} there, None now"):
         main(monkeypatch, "--out", checkpoint.parent, "--steps", 3, *TINY_FLAGS)
     assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_the_picture_shows_what_the_prediction_gets_back(normalised, tmp_path, monkeypatch):
+    """Before the reconstruction, the true means alone: what is more in the reconstruction was predicted."""
+    flags = [*TINY_FLAGS, "--steps", 1, "--mean", *[0] * 3, "--std", *[1] * 3, "--out", tmp_path, "--probe-samples", 4]
+    shown = []
+    monkeypatch.setattr(mae, "save_pictures", lambda columns, *where: shown.extend(map(patches_of, columns)))
+    main(monkeypatch, *flags, "--norm-pix-loss" if normalised else "--no-norm-pix-loss")
+    original, masked, *between, reconstruction = shown  # (B, L, P*P*C) each
+    hidden = (masked == 0).all(dim=2)
+    assert len(between) == normalised and 0.7 < hidden.float().mean() < 0.8
+    assert all(torch.allclose(x[~hidden], original[~hidden], atol=1e-5) for x in (masked, *between, reconstruction))
+    if normalised:
+        means = original.mean(dim=2, keepdim=True).expand_as(original)
+        assert torch.allclose(between[0][hidden], means[hidden], atol=1e-5)
+        assert not torch.allclose(between[0][hidden], reconstruction[hidden], atol=1e-3)
 
 
 def readme_commands():
