@@ -559,10 +559,9 @@ def save_picture(model, samples, args, device):
     is_hidden = is_hidden.scatter(1, hidden, True)[..., None].chunk(len(groups), dim=1)
     for group, p, t, m, s, h in zip(groups, pred, target, mean, std, is_hidden):  # (B, L, P*P*C), from m on (B, L, 1)
         patches = t * s + m
-        hidden_as = [0.0, *[m] * model.norm_pix_loss, p * s + m]
+        hidden_as = [0.0, m, p * s + m] if model.norm_pix_loss else [0.0, p]  # in K - 1 columns
         row = [patches, *(torch.where(h, x, patches) for x in hidden_as)]
-        row = [unpatchify(x, model.patch_size, model.grid) for x in row]
-        row = torch.stack(row, dim=1).cpu()  # (B, 3 or 4, C, H, W)
+        row = torch.stack([unpatchify(x, model.patch_size, model.grid) for x in row], dim=1).cpu()  # (B, K, C, H, W)
         of_group = [torch.tensor(values)[list(group)].view(-1, 1, 1) for values in (args.std, args.mean)]
         row = row * of_group[0] + of_group[1]
         if args.bands or args.channels not in (1, 3):  # no photograph: stretch it to the range of a picture

@@ -55,11 +55,6 @@ def marked(hidden, length):
     return torch.zeros(len(hidden), length).scatter(1, hidden, 1.0)
 
 
-def patches_of(images):
-    """Images of the tiny models as patches, (B, C, 32, 32) -> (B, 16, 192)."""
-    return common.patchify(images, TINY["patch_size"])
-
-
 def inputs_of(module, run):
     """The inputs of each call of a module while `run()` runs."""
     found = []
@@ -2344,7 +2339,7 @@ def test_the_picture_shows_what_the_prediction_gets_back(normalised, tmp_path, m
     """Before the reconstruction, the true means alone: what is more in the reconstruction was predicted."""
     flags = [*TINY_FLAGS, "--steps", 1, "--mean", *[0] * 3, "--std", *[1] * 3, "--out", tmp_path, "--probe-samples", 4]
     shown = []
-    monkeypatch.setattr(mae, "save_pictures", lambda columns, *where: shown.extend(map(patches_of, columns)))
+    monkeypatch.setattr(mae, "save_pictures", lambda columns, *_: shown.extend(common.patchify(x, 8) for x in columns))
     main(monkeypatch, *flags, "--norm-pix-loss" if normalised else "--no-norm-pix-loss")
     original, masked, *between, reconstruction = shown  # (B, L, P*P*C) each
     hidden = (masked == 0).all(dim=2)
