@@ -545,7 +545,7 @@ def save_picture(model, samples, args, device):
     it has the means alone, so that what the model has added can be seen.
     """
     groups = groups_of(args.bands) or [range(args.channels)] * args.dates
-    chosen = data.evenly(len(samples.source), max(1, 8 // len(groups)))
+    chosen = data.evenly(len(samples.source), max(1, 4 // len(groups)))
     images, _, *stamps = data.examples(samples, chosen, args, device)
     generator = torch.Generator(device).manual_seed(mix_seed(args.seed))
     visible, hidden = draw_masks(args, len(images), generator, device)

@@ -392,7 +392,7 @@ def save_picture(model, samples, args, device):
     A row has the original, what is left of it under the mask, the target at all patches, and the prediction at the
     hidden patches among the targets of the visible ones. HOG is drawn by `draw_hog`.
     """
-    pixels, _ = data.examples(samples, data.evenly(len(samples.source), 8 if args.frames == 1 else 1), args, device)
+    pixels, _ = data.examples(samples, data.evenly(len(samples.source), 4 if args.frames == 1 else 1), args, device)
     pixels = data.one_clip(pixels)
     generator = torch.Generator(device).manual_seed(mix_seed(args.seed))
     _, hidden = MASKS[args.masking](len(pixels), model.grid, args.mask_ratio, generator, device)
