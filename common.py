@@ -82,8 +82,9 @@ def sincos(dim, grid):
     (MAE), a clip's with the time (V-JEPA, "uniform_power").
     """
     axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-    axes, share = axes[::-1] if len(grid) == 2 else axes, 2 * math.ceil(dim / 2 / len(grid))
-    return torch.cat([sincos_1d(share, axis.flatten()) for axis in axes], dim=1)[:, :dim].float()
+    axes = axes[::-1] if len(grid) == 2 else axes
+    width = 2 * math.ceil(dim / 2 / len(grid))
+    return torch.cat([sincos_1d(width, axis.flatten()) for axis in axes], dim=1)[:, :dim].float()
 
 
 def resize_positions(table, old_grid, new_grid):
@@ -144,6 +145,8 @@ def use_checkpointing(model):
         if isinstance(block, Block):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
                                               preserve_rng_state=block.drop_path.p > 0)
+    if torch.__version__ < (2, 13):  # DDP's splitting of a compiled graph refuses checkpoints (pytorch issue 104674)
+        torch._dynamo.config.optimize_ddp = False
 
 
 class ViT(nn.Module):
@@ -303,7 +306,10 @@ def encoder_of(weights):
 
 
 def describe(weights, settings, path):
-    """The arguments of the ViT that `weights` belong to, read off names and shapes (settings: see `read_weights`)."""
+    """The arguments of the ViT that `weights` belong to, read off names and shapes (settings: see `read_weights`).
+
+    A file of clips without settings is taken for one of 16 frames, as the published ones are.
+    """
     try:
         weights = encoder_of(weights)
         groups = [w for name, w in weights.items() if name.startswith("patch_embed.") and name.endswith("proj.weight")]
@@ -543,7 +549,7 @@ class Run:
         """The end of a step: counts it, logs and saves where that is due, and ends the run after a signal.
 
         values: numbers for the log. found: results of a test at this step, logged at once; if its "score_..." is the
-        highest so far, the checkpoint is best.pt too. In all processes it is None, or in none.
+        highest so far, the checkpoint is best.pt too. It is None in all processes or in none: logging is collective.
         """
         args, self.step = self.args, self.step + 1
         self.bar.update()
@@ -566,7 +572,7 @@ class Run:
                 self.save("last.pt")
             if args.keep_every and self.step % args.keep_every == 0:
                 self.save(f"step-{self.step:05}.pt")
-        if stop or last and args.benchmark:
+        if stop or (last and args.benchmark):
             self.close()
             sum_over_processes(torch.zeros(1))  # all wait until rank 0 is ready
             if args.rank == 0 and stop and not args.benchmark:
@@ -575,7 +581,8 @@ class Run:
             sys.exit(128 + stop if stop else 0)  # after a signal the exit code that a shell gives it
 
     def log(self, lr, **values):
-        """Record at this step some numbers, and since the last record the mean loss and the samples per second.
+        """Record at this step some numbers, and since the last record the mean loss and the samples per second, with
+        the time of tests and of saving.
 
         A UserError if the loss of a step is not finite. In fp16 such steps were skipped and do not count, unless the
         scale has fallen so low that it cannot help.
@@ -613,14 +620,18 @@ class Run:
                 write_whole(Path(self.args.out, name), lambda file: torch.save(checkpoint, file))
             except UserError as error:
                 failure = error
-        if name == "last.pt" and sum_over_processes(torch.tensor(int(failure is not None))) or failure:
+        failed = failure is not None
+        if name == "last.pt":  # at a step that all know; the best score may differ in its last digit between GPUs
+            failed = sum_over_processes(torch.tensor(int(failed)))
+        if failed:
             raise failure or UserError("rank 0 could not save the run")
 
     def time_step(self):
         """With --benchmark: time the steps after WARM_STEPS and print one line of JSON.
 
-        The operations of matrix products and attention, forward and backward, are counted in the first step, without
-        torch.compile. The memory is that of the device, or on a CPU of the whole process.
+        The operations of matrix products and, on a GPU, of attention are counted in the first step, forward and
+        backward, without torch.compile (torch's counter does not know the CPU's attention). The memory is that of the
+        device, or on a CPU of the whole process.
         """
         args, cuda = self.args, self.args.device == "cuda"
         if self.step == 1:
@@ -852,8 +863,11 @@ def parse_command_line(method, description, tasks, of_model):
         for name in ("size", "patch_size", "channels", "tubelet"):
             if given.get(name, model[name]) != model[name]:
                 raise UserError(f"--{name.replace('_', '-')} {given[name]} does not fit {given['init']}: {model[name]}")
-        # A published file has no settings: what its shapes do not tell is as in the paper.
-        known = {name: model.get(name, flags[name].value) for name in of_model if name in flags} | given
+        # A published file has no settings: what its shapes do not tell is as in the paper. Of a classifier, or of
+        # another method's file, only what all tasks need: its masks, for instance, are not those of this method.
+        whole = not settings or of_model.keys() <= settings.keys()
+        known = {name: model.get(name, flags[name].value) for name in of_model
+                 if name in flags and (whole or all(name in recipe for _, recipe, _ in tasks.values()))} | given
 
     def value(name, *keys):
         of_recipe = flags[name].others
@@ -880,6 +894,8 @@ def parse_command_line(method, description, tasks, of_model):
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:  # threads and workers on the same core wait for one another
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - args.workers)))
     args.out = args.out or f"runs/{method}" + (f"-{task}" if task != "pretrain" else "")
+    if task == "pretrain" and args.init and Path(args.init).resolve().parent == Path(args.out).resolve():
+        raise UserError(f"--init is in {args.out}, where this run would overwrite it: give another --out")
     return args
 
 

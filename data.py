@@ -704,7 +704,7 @@ def watch(encoder, train, held_out, args, device, labelled):
     for samples in (held_out, train):
         (x,), labels = features([encoder], samples, args, device, args.probe_samples)
         if not x.isfinite().all():
-            return {}  # the loss is not finite either, which ends the run
+            return {}  # nor is the loss, which in fp16 skips the step, and else ends the run
         look = dict(zip(("spread", "rank"), spread_and_rank(x)))
         looks.append(look | {"knn": nearest_neighbours(x, labels)} if labelled else look)
     found, of_training = looks

@@ -392,7 +392,7 @@ def new_model(args):
     else:
         model = MAE(*shape, args.encode_mask_tokens)
     if args.init:
-        load_model(model, args, new=("decoder_", "mask_token"))
+        load_model(model, args, new=("decoder_", "mask_token", "encoder_mask_token"))
     return model
 
 
@@ -562,8 +562,8 @@ def save_picture(model, samples, args, device):
         hidden_as = [0.0, m, p * s + m] if model.norm_pix_loss else [0.0, p]  # in K - 1 columns
         row = [patches, *(torch.where(h, x, patches) for x in hidden_as)]
         row = torch.stack([unpatchify(x, model.patch_size, model.grid) for x in row], dim=1).cpu()  # (B, K, C, H, W)
-        of_group = [torch.tensor(values)[list(group)].view(-1, 1, 1) for values in (args.std, args.mean)]
-        row = row * of_group[0] + of_group[1]
+        of_std, of_mean = (torch.tensor(values)[list(group)].view(-1, 1, 1) for values in (args.std, args.mean))
+        row = row * of_std + of_mean
         if args.bands or args.channels not in (1, 3):  # no photograph: stretch it to the range of a picture
             low, high = row[:, :1].amin((0, 1, 3, 4), keepdim=True), row[:, :1].amax((0, 1, 3, 4), keepdim=True)
             row = (row - low) / (high - low).clamp(min=1e-6)

@@ -31,9 +31,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import data
 from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, WATCH, Run, UserError, ViT,
-                    accuracy, cosine, flag, grid_of, height_x_width, join_processes, load_model, load_strictly,
-                    mix_seed, no_sync, parameter_groups, parse_command_line, patchify, precision_of, put, read_weights,
-                    run_main, save_pictures, share, take, train_classifier, unpatchify, use_checkpointing)
+                    accuracy, cosine, flag, grid_of, height_x_width, initialise, join_processes, load_model,
+                    load_strictly, mix_seed, no_sync, parameter_groups, parse_command_line, patchify, precision_of, put,
+                    read_weights, run_main, save_pictures, share, take, train_classifier, unpatchify,
+                    use_checkpointing)
 
 # flag(the paper's value for ViT-B, meaning, kind, values for other sizes, for video, in the demo on built-in data). The
 # values for video are those published for MViTv2; we use a ViT instead.
@@ -215,9 +216,8 @@ class MaskFeat(ViT):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.dim))
         values = 9 * (patch_size // cell) ** 2 if target == "hog" else patch_size ** 2  # of a channel of a patch
         self.pred_head = nn.Sequential(nn.LayerNorm(self.dim, eps=1e-6), nn.Linear(self.dim, channels * values))
-        for parameter in (self.mask_token, self.pred_head[1].weight):
-            nn.init.trunc_normal_(parameter, std=0.02)
-        nn.init.zeros_(self.pred_head[1].bias)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        initialise(self.pred_head)
 
     def targets(self, pixels):
         """What is to be predicted at every token: (B, C, [T,] H, W) -> (B, L, K). Of a tubelet, its first frame."""

@@ -590,16 +590,18 @@ def test_published_mae_files(folder, tmp_path, monkeypatch, capsys):
         main(monkeypatch, "show", "--image", image, "--init", encoder, "--out", tmp_path / "none")
 
 
-@pytest.mark.parametrize("method, where, kernel, tokens", [
-    (mae, "folder", (8, 8), 17), (maskfeat, "folder", (8, 8), 17), (vjepa, "videos", (2, 8, 8), 128)])
-def test_pretraining_goes_on_from_an_encoder(method, where, kernel, tokens, request, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("method, where, kernel, tokens, flags", [
+    (mae, "folder", (8, 8), 17, []), (mae, "folder", (8, 8), 17, ["--encode-mask-tokens"]),
+    (maskfeat, "folder", (8, 8), 17, []), (vjepa, "videos", (2, 8, 8), 128, [])])
+def test_pretraining_goes_on_from_an_encoder(method, where, kernel, tokens, flags, request, tmp_path, monkeypatch,
+                                             capsys):
     """Its weights are taken, the rest is that of a new model; of V-JEPA, the y-encoder is a copy."""
     weights = filled(vit_table(kernel=kernel, tokens=tokens))
     torch.save({"target_encoder" if method is vjepa else "model": weights}, tmp_path / "encoder.pth")
     monkeypatch.setattr(data, "print_probe", lambda *_: None)
     main(monkeypatch, "--data", request.getfixturevalue(where), "--init", tmp_path / "encoder.pth", "--recipe", "demo",
-         "--batch-size", 4, "--base-lr", 0, "--steps", 1, "--workers", 0, "--device", "cpu", "--out", tmp_path / "run",
-         method=method)
+         *flags, "--batch-size", 4, "--base-lr", 0, "--steps", 1, "--workers", 0, "--device", "cpu", "--out",
+         tmp_path / "run", method=method)
     assert "encoder.pth holds an encoder alone" in capsys.readouterr().out
     after = common.read_weights(tmp_path / "run/last.pt")[0]
     for name in ("blocks.2.mlp.fc1.weight", "patch_embed.proj.bias"):
@@ -2313,6 +2315,42 @@ def test_bad_input_to_vjepa_gets_one_sentence(arguments, message, tmp_path, monk
 def test_a_checkpoint_of_images_does_not_make_a_model_of_clips(checkpoint, tmp_path, monkeypatch, capsys):
     arguments = ["finetune", "--init", checkpoint, "--frames", 8]
     one_sentence(maskfeat, arguments, "another shape for", tmp_path, monkeypatch, capsys)
+
+
+def test_a_run_does_not_overwrite_the_checkpoint_that_it_starts_from(tmp_path, monkeypatch):
+    torch.save(filled(vit_table()), tmp_path / "last.pt")
+    with pytest.raises(common.UserError, match="give another --out"):
+        main(monkeypatch, "--init", tmp_path / "last.pt", "--fresh", "--out", tmp_path)
+
+
+def test_what_a_checkpoint_says_of_the_flags(tmp_path, monkeypatch):
+    """Of the method's own file also the masks, the decoder and --still, of another method's the encoder alone."""
+    def parse(method, *words):
+        kept = []
+        monkeypatch.setattr(sys, "argv", [f"{method.__name__}.py", *map(str, words), "--device", "cpu"])
+        monkeypatch.setattr(method, "TASKS", {task: (kept.append, *others) for task, (_, *others) in
+                                              method.TASKS.items()})
+        method.main()
+        return kept.pop()
+
+    def write(name, flags, weights, **changes):
+        torch.save({"model": weights, "settings": {name: flag.value for name, flag in flags.items()} | changes},
+                   tmp_path / name)
+        return tmp_path / name
+
+    images = write("mae.pt", mae.MODEL | mae.AUTOENCODER, filled(vit_table()), size="nano", image_size=32, patch_size=8,
+                   masking="grid", mask_ratio=0.5, decoder_dim=64)
+    own, other = parse(mae, "--init", images), parse(maskfeat, "--init", images)
+    assert (own.masking, own.mask_ratio, own.decoder_dim, own.image_size) == ("grid", 0.5, 64, 32)
+    assert (other.size, other.patch_size, other.image_size) == ("nano", 8, 32)
+    assert (other.masking, other.mask_ratio, other.target) == ("random", 0.75, "hog")  # of the recipe, here the demo
+    assert parse(maskfeat, "--init", images, "--data", "DIR").masking == "block"
+
+    stills = write("vjepa.pt", vjepa.MODEL | vjepa.STILL | vjepa.MASKING | vjepa.PREDICTOR,
+                   filled(vit_table(kernel=(2, 8, 8), tokens=128), "target_encoder."), size="nano", image_size=32,
+                   patch_size=8, still=True)
+    assert parse(vjepa, "probe", "--init", stills).still
+    assert not parse(vjepa, "probe", "--init", stills, "--no-still").still
 
 
 def one_sentence(method, arguments, message, tmp_path, monkeypatch, capsys):

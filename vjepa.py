@@ -157,10 +157,8 @@ def over_time(seen, times, context_times=None):
     seen = (seen[:, None] & early[:, None]).flatten(1)  # (batch, L)
     pair = []
     for mask in (seen, ~seen):
-        lengths = mask.sum(dim=1)
-        starts = (lengths.cumsum(dim=0) - lengths)[:, None]  # of each clip in the list of all tokens that are not 0
-        first = starts + torch.arange(int(lengths.min()), device=mask.device)  # what is cut is late in time
-        pair.append(mask.nonzero()[:, 1][first])
+        places = mask.byte().argsort(dim=1, descending=True, stable=True)  # first those of the mask, in raster order
+        pair.append(places[:, :int(mask.sum(dim=1).min())])  # what is cut is late in time
     return pair
 
 
@@ -219,7 +217,7 @@ class Predictor(nn.Module):
         self.predictor_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, out_dim)
-        initialise(self)
+        initialise(self)  # the published classes scale each block by its depth, which their `init_video_model` undoes
 
     def forward(self, context, visible, hidden, kind):
         """context (B, N, D), places visible (B, N) and hidden (B, M), kind of the mask -> (B, M, out_dim)."""
@@ -546,7 +544,7 @@ TASKS = {"pretrain": (pretrain, PRETRAIN, WATCH | FINAL_PROBE), "probe": (classi
 
 
 def main():
-    args = parse_command_line("vjepa", __doc__, TASKS, MODEL | MASKING | PREDICTOR)
+    args = parse_command_line("vjepa", __doc__, TASKS, MODEL | STILL | MASKING | PREDICTOR)
     if args.frames < 2:
         raise UserError("V-JEPA needs clips of several frames: for images use --still, which repeats them in time")
     TASKS[args.task][0](args)
