@@ -361,6 +361,7 @@ def load_model(model, args, new):
             print(f"{args.init} holds an encoder alone: the rest of the model starts anew")
         weights = {name: weight for name, weight in own.items() if name.startswith(new)}
         in_file = {name: name.removeprefix("target_").removeprefix("encoder.") for name in own}
+        weights |= {name: own[name] for name in own if name.startswith("norm.")}  # some lack it
         weights |= {name: encoder[key] for name, key in in_file.items() if key in encoder and not name.startswith(new)}
     old = describe(weights, settings, args.init)
     old_grid = grid_of(old["image_size"], old["patch_size"], old["frames"], old["tubelet"])
@@ -422,7 +423,7 @@ def cosine(step, steps, warmup, peak, final=0.0, start=0.0):
 
 
 def parameter_groups(model, weight_decay, layer_decay=1.0, no_decay=()):
-    """Parameter groups for AdamW: no weight decay on 1-D parameters nor on those named in `no_decay`.
+    """Parameter groups for the optimizer: no weight decay on 1-D parameters nor on those named in `no_decay`.
 
     The learning rate of layer l is the schedule's times lr_scale = layer_decay^(depth + 1 - l): the embedding is layer
     0, block i is layer i + 1, what follows the blocks is layer depth + 1 (BEiT, arXiv 2106.08254).
@@ -607,7 +608,7 @@ class Run:
                 self.board.add_scalar(name, value, self.step)
 
     def save(self, name):
-        """Rank 0 writes the checkpoint DIR/`name`; for last.pt all have to call this, and all get its UserError."""
+        """Rank 0 writes the checkpoint DIR/`name`; but for best.pt all call this, and all get its UserError."""
         failure, weights = None, self.model.state_dict()
         if self.args.rank == 0:
             checkpoint = {"settings": self.settings, "step": self.step, "best": self.best, "model": weights,
@@ -621,7 +622,7 @@ class Run:
             except UserError as error:
                 failure = error
         failed = failure is not None
-        if name == "last.pt":  # at a step that all know; the best score may differ in its last digit between GPUs
+        if name != "best.pt":  # when that is due only rank 0 knows: scores may differ in the last digit between GPUs
             failed = sum_over_processes(torch.tensor(int(failed)))
         if failed:
             raise failure or UserError("rank 0 could not save the run")
@@ -671,7 +672,8 @@ def write_whole(path, write):
             os.replace(path, path.with_name("previous.pt"))
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise UserError(f"{path} could not be written ({reason}); what stood there before is untouched") from None
 
@@ -769,9 +771,9 @@ def height_x_width(text):
 
 
 def flag(value, text, kind=None, **others):
-    """A hyper-parameter: the paper's value for ViT-B, what it means, and its kind where the value does not tell (a
-    function of its text, `list` for numbers, a list of choices). others: its value by size, for `video`, in the `demo`
-    or in that of video, `demo_video`.
+    """A hyper-parameter: the paper's value (for ViT-B, V-JEPA's for ViT-L), what it means, and its kind where the
+    value does not tell (a function of its text, `list` for numbers, a list of choices). others: its value by size, for
+    `video`, in the `demo` or in that of video, `demo_video`.
     """
     kind = kind or {int: count, float: number}.get(type(value), type(value))
     options = {"choices": kind} if isinstance(kind, list) else {
@@ -846,8 +848,8 @@ def parse_command_line(method, description, tasks, of_model):
     flags = {**recipe, **others, **MACHINE}
     parser = argparse.ArgumentParser(f"{method}.py {task}", usage="%(prog)s [flags]", description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for name, flag in flags.items():
-        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **flag.options)
+    for name in flags:
+        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **flags[name].options)
 
     def fail(message):
         raise UserError(f"{message} (see {parser.prog} --help)")
@@ -865,9 +867,10 @@ def parse_command_line(method, description, tasks, of_model):
                 raise UserError(f"--{name.replace('_', '-')} {given[name]} does not fit {given['init']}: {model[name]}")
         # A published file has no settings: what its shapes do not tell is as in the paper. Of a classifier, or of
         # another method's file, only what all tasks need: its masks, for instance, are not those of this method.
-        whole = not settings or of_model.keys() <= settings.keys()
-        known = {name: model.get(name, flags[name].value) for name in of_model
-                 if name in flags and (whole or all(name in recipe for _, recipe, _ in tasks.values()))} | given
+        of_method = not settings or of_model.keys() <= settings.keys()
+        kind = "video" if model["frames"] > 1 else "image"
+        known = {name: model.get(name, flags[name].others.get(kind, flags[name].value)) for name in of_model
+                 if name in flags and (of_method or all(name in recipe for _, recipe, _ in tasks.values()))} | given
 
     def value(name, *keys):
         of_recipe = flags[name].others
@@ -894,8 +897,9 @@ def parse_command_line(method, description, tasks, of_model):
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:  # threads and workers on the same core wait for one another
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - args.workers)))
     args.out = args.out or f"runs/{method}" + (f"-{task}" if task != "pretrain" else "")
-    if task == "pretrain" and args.init and Path(args.init).resolve().parent == Path(args.out).resolve():
-        raise UserError(f"--init is in {args.out}, where this run would overwrite it: give another --out")
+    writes = task != "show" and not args.benchmark and not given.get("eval_only")
+    if writes and (args.init or "").endswith(".pt") and Path(args.init).resolve().parent == Path(args.out).resolve():
+        raise UserError(f"--init is in {args.out}, where this run writes its own: give another --out")
     return args
 
 

@@ -326,8 +326,10 @@ def read_clips(path, frames, stride, segments=None, channels=3):
         begin, end = decoder.metadata.begin_stream_seconds, decoder.metadata.end_stream_seconds
         length = max(1, int((end - begin) * decoder.metadata.average_fps + 0.01))
     latest = max(0, length - 1 - (frames - 1) * stride)  # the last time to begin
-    starts = torch.randint(latest + 1, (1,)) if segments is None else torch.tensor([latest // 2]) if segments == 1 \
-        else torch.linspace(0, latest, segments).round()
+    if segments is None:
+        starts = torch.randint(latest + 1, (1,))
+    else:
+        starts = torch.linspace(0, latest, segments).round() if segments > 1 else torch.tensor([latest // 2])
     times = (starts[:, None] + stride * torch.arange(frames)).clamp(max=length - 1).flatten()  # (segments * T,)
     if os.path.isdir(path):
         chosen, places = times.int().unique(return_inverse=True)
@@ -546,9 +548,8 @@ def step_batches(length, args, first_step):
 
 
 def ignore_signals(worker):
-    """For a worker: a signal often goes to all processes of a run, and a worker ends when the one it serves does.
-
-    Only the first SIGTERM is ignored: the next may come from that one.
+    """For a worker: Ctrl-C and SIGTERM often go to all processes of a run, and the one that it serves needs it until
+    the step is saved. A second SIGTERM ends the worker: the loader sends one if it does not end by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
@@ -703,8 +704,10 @@ def watch(encoder, train, held_out, args, device, labelled):
     looks = []
     for samples in (held_out, train):
         (x,), labels = features([encoder], samples, args, device, args.probe_samples)
+        if len(x) < 2:
+            raise UserError(f"only {len(x)} of the samples to look at can be read")
         if not x.isfinite().all():
-            return {}  # nor is the loss, which in fp16 skips the step, and else ends the run
+            return {}  # nor will the next loss be, which in fp16 skips a step, and else ends the run
         look = dict(zip(("spread", "rank"), spread_and_rank(x)))
         looks.append(look | {"knn": nearest_neighbours(x, labels)} if labelled else look)
     found, of_training = looks

@@ -481,6 +481,7 @@ def new_classifier(args, classes):
     if args.init:
         if args.eval_only:
             args.pool = describe(*read_weights(args.init), args.init)["pool"]
+        # frames=1: of a checkpoint of clips the error says that its projection does not fit.
         model = kind.load(args.init, frames=1, tubelet=1, pool=args.pool, **shape)
     else:
         model = kind(args.size, patch_size=args.patch_size, pool=args.pool, **shape)
@@ -496,7 +497,7 @@ def new_classifier(args, classes):
         for name in ("pos_embed", "channel_embed"):  # the published code trains them when it fine-tunes
             if hasattr(model, name):
                 getattr(model, name).requires_grad_(True)
-    if args.eval_only:
+    if args.eval_only:  # all of the file, with its head, which `load` leaves out where it does not fit
         load_strictly(model, read_weights(args.init)[0], args.init)
     return model
 

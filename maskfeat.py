@@ -219,9 +219,13 @@ class MaskFeat(ViT):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         initialise(self.pred_head)
 
+    def target_frames(self, pixels):
+        """Images themselves, of clips the first frame of each tubelet: (B, C, [T,] H, W) -> (B * times, C, H, W)."""
+        return pixels[:, :, ::self.tubelet].transpose(1, 2).flatten(0, 1) if pixels.ndim == 5 else pixels
+
     def targets(self, pixels):
-        """What is to be predicted at every token: (B, C, [T,] H, W) -> (B, L, K). Of a tubelet, its first frame."""
-        frames = pixels[:, :, ::self.tubelet].transpose(1, 2).flatten(0, 1) if pixels.ndim == 5 else pixels
+        """What is to be predicted at every token: (B, C, [T,] H, W) -> (B, L, K)."""
+        frames = self.target_frames(pixels)
         if self.target == "hog":
             values = hog_targets(frames, self.patch_size, self.cell)
         else:
@@ -351,7 +355,7 @@ def new_classifier(args, classes):
                            **shape)
     nn.init.trunc_normal_(model.head.weight, std=2e-5)
     nn.init.zeros_(model.head.bias)
-    if args.eval_only:
+    if args.eval_only:  # all of the file, with its head, which `load` leaves out where it does not fit
         load_strictly(model, read_weights(args.init)[0], args.init)
     return model
 
@@ -402,7 +406,7 @@ def save_picture(model, samples, args, device):
     predicted = put(target, hidden, pred)
     mask = torch.zeros(target.shape[:2], device=device).scatter(1, hidden, 1.0)  # (B, L), 1 = hidden
 
-    frames = pixels[:, :, ::model.tubelet].transpose(1, 2).flatten(0, 1) if pixels.ndim == 5 else pixels
+    frames = model.target_frames(pixels)
     rows = len(frames)  # images, or time steps of the clip
     grid, mask = model.grid[-2:], mask.reshape(rows, -1)
     covered = unpatchify(mask[..., None].expand(-1, -1, model.patch_size ** 2), model.patch_size, grid).cpu() > 0

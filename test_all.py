@@ -2319,8 +2319,26 @@ def test_a_checkpoint_of_images_does_not_make_a_model_of_clips(checkpoint, tmp_p
 
 def test_a_run_does_not_overwrite_the_checkpoint_that_it_starts_from(tmp_path, monkeypatch):
     torch.save(filled(vit_table()), tmp_path / "last.pt")
-    with pytest.raises(common.UserError, match="give another --out"):
-        main(monkeypatch, "--init", tmp_path / "last.pt", "--fresh", "--out", tmp_path)
+    for task in ([], ["finetune"], ["--fresh"]):
+        with pytest.raises(common.UserError, match="give another --out"):
+            main(monkeypatch, *task, "--init", tmp_path / "last.pt", "--steps", 1, "--out", tmp_path)
+    with pytest.raises(SystemExit, match="^0$"):  # a benchmark writes nothing
+        main(monkeypatch, "--init", tmp_path / "last.pt", "--benchmark", 1, "--out", tmp_path, "--device", "cpu")
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_an_encoder_without_its_last_norm_can_go_on_as_mae(folder, tmp_path, monkeypatch, capsys):
+    """A MaskFeat, whose norm belongs to the prediction head: the norm starts anew."""
+    torch.save({"model": tiny_maskfeat().state_dict()}, tmp_path / "maskfeat.pth")
+    flags = ["--data", folder, "--init", tmp_path / "maskfeat.pth", "--image-size", 32, "--batch-size", 4, "--steps", 1]
+    main(monkeypatch, *flags, "--recipe", "demo", "--device", "cpu", "--workers", 0, "--out", tmp_path / "run")
+    assert "holds an encoder alone" in capsys.readouterr().out
+
+
+def test_one_sample_to_look_at_is_one_sentence():
+    samples = data.Samples(data.Photographs(True, length=1), data.CentreCrop(32))
+    with pytest.raises(common.UserError, match="only 1 of the samples"):
+        data.watch(lambda x: x.flatten(1), samples, samples, _args(probe_samples=10), torch.device("cpu"), True)
 
 
 def test_what_a_checkpoint_says_of_the_flags(tmp_path, monkeypatch):
@@ -2339,12 +2357,14 @@ def test_what_a_checkpoint_says_of_the_flags(tmp_path, monkeypatch):
         return tmp_path / name
 
     images = write("mae.pt", mae.MODEL | mae.AUTOENCODER, filled(vit_table()), size="nano", image_size=32, patch_size=8,
-                   masking="grid", mask_ratio=0.5, decoder_dim=64)
+                   masking="grid", mask_ratio=0.5, decoder_dim=96)
     own, other = parse(mae, "--init", images), parse(maskfeat, "--init", images)
-    assert (own.masking, own.mask_ratio, own.decoder_dim, own.image_size) == ("grid", 0.5, 64, 32)
+    assert (own.masking, own.mask_ratio, own.decoder_dim, own.image_size) == ("grid", 0.5, 96, 32)
     assert (other.size, other.patch_size, other.image_size) == ("nano", 8, 32)
     assert (other.masking, other.mask_ratio, other.target) == ("random", 0.75, "hog")  # of the recipe, here the demo
     assert parse(maskfeat, "--init", images, "--data", "DIR").masking == "block"
+    torch.save(filled(vit_table(kernel=(2, 8, 8), tokens=128)), tmp_path / "clips.pth")  # without settings
+    assert parse(maskfeat, "--init", tmp_path / "clips.pth", "--data", "DIR").masking == "cube"
 
     stills = write("vjepa.pt", vjepa.MODEL | vjepa.STILL | vjepa.MASKING | vjepa.PREDICTOR,
                    filled(vit_table(kernel=(2, 8, 8), tokens=128), "target_encoder."), size="nano", image_size=32,
@@ -2420,10 +2440,10 @@ def test_every_command_of_the_readme_runs(folder, videos, places, tmp_path, monk
     image, clip = next((folder / "test/coffee").glob("*.png")), videos / "val/darker/clip0"
     stands_for = {"photo.jpg": image, "clip.mp4": clip, "IMAGES": folder, "/shared/runs/mae": "runs/shared"}
     generator = np.random.default_rng(0)
-    for name in ("train/field", "val/field"):
-        Path("bands", name).mkdir(parents=True)
-        for i in range(3):
-            np.save(Path("bands", name, f"{i}.npy"), generator.random((40, 40, 10)))
+    for channels, split in itertools.product((8, 10), ("train", "val")):
+        for name in ("field", "lake"):
+            Path(f"bands{channels}", split, name).mkdir(parents=True)
+            np.save(Path(f"bands{channels}", split, name, "0.npy"), generator.random((40, 40, channels)))
     video, prefix = filled(vit_table(kernel=(2, 8, 8), tokens=128), "module.backbone."), "module.backbone."
     published = {
         "mae_pretrain_vit_base.pth": {"model": filled(vit_table())},
@@ -2443,7 +2463,8 @@ def test_every_command_of_the_readme_runs(folder, videos, places, tmp_path, monk
         script = {"mae": mae, "maskfeat": maskfeat, "vjepa": vjepa}[method]
         task = words[0] if words and words[0] in script.TASKS else "pretrain"
         moving = method == "vjepa" and "--still" not in words or "--frames" in words or "runs/video/last.pt" in words
-        stands_for["DIR"] = "bands" if "--channels" in words else videos if moving else folder
+        bands = "bands10" if "10" in words else "bands8" if "runs/tiles" in " ".join(words) else None
+        stands_for["DIR"] = bands or (videos if moving else folder)
         words = [str(stands_for.get(word, word)) for word in words]
         known = common.MACHINE.keys() | script.TASKS[task][1].keys() | script.TASKS[task][2].keys()
         if "--init" in words:  # the model is that of the checkpoint, and so are its decoder and predictor

@@ -63,7 +63,7 @@ PREDICTOR = dict(
     predictor_dim=flag(384, "width of the predictor", demo=64),
     predictor_depth=flag(12, "blocks of the predictor", demo=3),
 )
-STILL = dict(still=flag(False, "the data are images, each of which is repeated in time"))
+STILL = dict(still=flag(False, "the data are images, each of which is repeated in time; else as --init was trained"))
 PRETRAIN = INPUT | MODEL | STILL | MASKING | PREDICTOR | TRAINING | dict(
     steps=flag(90_000, "length of the training, optimizer steps; or --epochs", demo=3000),
     epochs=flag(None, "passes over the data", number),
@@ -409,7 +409,7 @@ class AttentiveClassifier(nn.Module):
             "norm1": nn.LayerNorm(dim), "xattn": attention, "norm2": nn.LayerNorm(dim), "mlp": mlp})
         initialise(self)
         nn.init.trunc_normal_(self.pooler.query_tokens, std=0.02)
-        with torch.no_grad():
+        with torch.no_grad():  # as in the published code, by the depth of the block, of which there is one
             self.pooler.cross_attention_block["mlp"].fc2.weight.div_(math.sqrt(2))
         self.linear = nn.Linear(dim, classes)
 
@@ -514,7 +514,7 @@ def save_picture(encoder, samples, args, device):
     times, rows, columns = encoder.grid
     clip = data.one_clip(data.examples(samples, [len(samples.source) // 4], args, device)[0])  # (1, C, T, H, W)
     with torch.no_grad():
-        tokens = encoder.eval().tokens(clip)[0].float().cpu()[-times * rows * columns:]  # (L, D)
+        tokens = encoder.eval().tokens(clip)[0].float().cpu()[-times * rows * columns:]  # (L, D), no class token
     frames = clip[0, :, ::args.tubelet].transpose(0, 1).cpu()  # (times, C, H, W)
     frames = frames * torch.tensor(args.std).view(-1, 1, 1) + torch.tensor(args.mean).view(-1, 1, 1)
     visible, _ = draw_masks(args, encoder.grid, 0, slice(0, 1), "cpu")
@@ -546,7 +546,8 @@ TASKS = {"pretrain": (pretrain, PRETRAIN, WATCH | FINAL_PROBE), "probe": (classi
 def main():
     args = parse_command_line("vjepa", __doc__, TASKS, MODEL | STILL | MASKING | PREDICTOR)
     if args.frames < 2:
-        raise UserError("V-JEPA needs clips of several frames: for images use --still, which repeats them in time")
+        raise UserError("V-JEPA needs clips of several frames (--frames, or an --init of clips): images it takes with "
+                        "--still, which repeats them in time")
     TASKS[args.task][0](args)
 
 
