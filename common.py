@@ -139,6 +139,13 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
 
 
+def compile_blocks(model):
+    """Use torch.compile for each block by itself: alike blocks share a graph, which takes seconds and not minutes."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.forward = torch.compile(block.forward)
+
+
 def use_checkpointing(model):
     """Let all blocks keep no activations for the backward pass, but compute them again there."""
     for block in model.modules():

@@ -1,6 +1,7 @@
 """Every test. `pytest -q -n 2 test_all.py` takes minutes on two CPU cores and needs neither a GPU nor a network."""
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -1496,18 +1497,26 @@ def test_neighbours_spread_and_rank():
     assert spread == 0 and rank < 1.01
 
 
-def test_changing_lengths_are_compiled_once():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_alike_blocks_share_a_graph_for_all_lengths(checkpointing, monkeypatch):
     torch.compiler.reset()
-    model = torch.compile(tiny_vjepa(), backend="eager")
-    lengths = set()
+    graphs, lengths, model = [], set(), tiny_vjepa()
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    names = list(model.state_dict())
+    common.compile_blocks(model)
+    if checkpointing:
+        common.use_checkpointing(model)
+    assert list(model.state_dict()) == names
     for step in range(8):
         masks = tiny_masks(4, step=step)
         lengths.add(tuple(ids.shape[1] for ids in masks[0] + masks[1]))
-        for ids in masks[0] + masks[1]:
-            torch._dynamo.maybe_mark_dynamic(ids, 1)
         with torch.compiler.set_stance("default" if step < 2 else "fail_on_recompile"):
-            model(torch.randn(4, 3, 4, 32, 32), *masks)
-    assert len(lengths) > 4
+            model(torch.randn(4, 3, 4, 32, 32), *masks).backward()
+    assert len(lengths) > 4 and 3 <= len(graphs) <= 5  # of y-encoder, x-encoder and predictor, some twice
 
 
 def test_the_end_of_the_momentum_is_a_flag(tmp_path, monkeypatch):

@@ -38,9 +38,9 @@ from tqdm import tqdm
 
 import data
 from common import (CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, WATCH, Block, Run, UserError, ViT, accuracy,
-                    cosine, count, flag, height_x_width, initialise, join_processes, load_model, load_strictly,
-                    mix_seed, no_sync, number, parameter_groups, parse_command_line, precision_of, read_weights,
-                    run_main, save_pictures, share, sincos, take, train_classifier, use_checkpointing)
+                    compile_blocks, cosine, count, flag, height_x_width, initialise, join_processes, load_model,
+                    load_strictly, mix_seed, no_sync, number, parameter_groups, parse_command_line, precision_of,
+                    read_weights, run_main, save_pictures, share, sincos, take, train_classifier, use_checkpointing)
 
 # flag(the paper's value for ViT-L, meaning, kind, value in the demo on the built-in clips)
 MODEL = CHANNELS | dict(
@@ -331,11 +331,12 @@ def pretrain(args):
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), fused=True)
     autocast, scaler = precision_of(args)
     run = Run(args, model, optimizer, scaler)  # goes on from --out, if there is a run: then run.step > 0
+    if args.compile:
+        compile_blocks(model)  # one graph for all lengths of the lists of tokens
     if args.checkpointing:
         use_checkpointing(model)
     # DDP wraps all three networks together; the y-encoder has no gradient, so it is only copied once, at the start.
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.processes > 1 else model
-    net = torch.compile(net) if args.compile else net
 
     batches = data.training_loader(samples, args, device, run.step)
     horizon = args.stretch * args.steps  # the schedules are made for a longer run, and cut
@@ -350,11 +351,6 @@ def pretrain(args):
         for part in range(args.accumulate):
             visible, hidden = draw_masks(args, model.encoder.grid, step, data.rows_of_process(args, part), device)
             clips, _ = next(batches)  # (B, views, segments, C, T, H, W), of which there is one clip
-            if args.compile:
-                # The lengths change from step to step: told so, the compiler makes one graph for all of them, instead
-                # of a new one for each.
-                for ids in visible + hidden:
-                    torch._dynamo.maybe_mark_dynamic(ids, 1)
             with no_sync(net, last=part == args.accumulate - 1):  # DDP averages gradients after the last pass only
                 with autocast:
                     loss = net(data.one_clip(clips), visible, hidden)
