@@ -462,10 +462,10 @@ PEAK_FLOPS = {  # dense bf16, from NVIDIA's data sheets
 class Run:
     """A training run: it goes on from the last checkpoint in --out, or starts there.
 
-    The loop begins at `step`, appends the loss of each pass to `losses` and calls `step_done` after each step, `close`
-    after all. That makes the progress bar, a line per record in DIR/log.jsonl, TensorBoard's files if it is installed,
-    and the checkpoints. Until `close`, SIGINT and SIGTERM are only noted, so that the step can be finished and saved;
-    a second SIGINT ends the process at once. With --benchmark nothing is read or written: see `time_step`.
+    The loop begins at `step`, appends the loss of each micro-batch to `losses` and calls `step_done` after each step,
+    `close` after all. That makes the progress bar, a line per record in DIR/log.jsonl, TensorBoard's files if it is
+    installed, and the checkpoints. Until `close`, SIGINT and SIGTERM are only noted, so that the step can be finished
+    and saved; a second SIGINT ends the process at once. With --benchmark nothing is read or written: see `time_step`.
     """
 
     def __init__(self, args, model, optimizer, scaler):
@@ -695,10 +695,10 @@ def save_pictures(columns, out, name):
     print(f"picture {Path(out, name)}")
 
 
-def train_classifier(args, model, optimizer, schedule, batches, test, mix=None):
+def train_classifier(args, model, optimizer, schedule, load, test, mix=None):
     """Train a classifier by cross-entropy and test it after each epoch and at the end.
 
-    schedule(step) -> (learning rate, weight decay); batches(first_step) yields (pixels, labels, ...) on the device,
+    schedule(step) -> (learning rate, weight decay); load(first_step) yields (pixels, labels, ...) on the device,
     `accumulate` of them a step; test(last) is an `accuracy`; mix: MixUp or CutMix of (pixels, labels).
     """
     autocast, scaler = precision_of(args)
@@ -708,7 +708,7 @@ def train_classifier(args, model, optimizer, schedule, batches, test, mix=None):
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.processes > 1 else model
     net = torch.compile(net) if args.compile else net
 
-    batches = batches(run.step)
+    batches = load(run.step)
     for step in range(run.step, args.steps):
         lr, weight_decay = schedule(step)
         for group in optimizer.param_groups:
@@ -801,7 +801,7 @@ MACHINE = dict(  # where and how a run is made: no settings, so a run goes on al
     compile=flag(None, "use torch.compile (default: on CUDA)", bool),
     workers=flag(None, "data loading processes per GPU (default: its share of the cores, at most 16; on a CPU half of "
                  "the cores, and the others compute)", whole),
-    accumulate=flag(1, "passes that the batch of each GPU is split into, to save memory"),
+    accumulate=flag(1, "micro-batches that the batch of each GPU is split into, to save memory"),
     log_every=flag(50, "steps between two lines of log.jsonl", demo=20),
     save_every=flag(1000, "steps between two checkpoints", demo=300),
     keep_every=flag(None, "steps between two checkpoints that are kept, as step-00500.pt (default: none)", count),
@@ -919,7 +919,7 @@ def run_main(main):
         code = end.code
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError):
-            error = ("the GPU is out of memory: use --checkpointing, or twice as many passes (--accumulate); the same "
+            error = ("the GPU is out of memory: use --checkpointing, or more micro-batches (--accumulate); the same "
                      "command then goes on from the last checkpoint")
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # where rank 0 says the same, torchrun ends the others before they repeat it

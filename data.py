@@ -524,14 +524,14 @@ def evenly(length, count):
 
 
 def rows_of_process(args, part):
-    """The rows of the global batch that this process takes in one of its `accumulate` passes, as a slice."""
+    """The rows of the global batch that this process takes in one of its `accumulate` micro-batches, a slice."""
     share = args.batch_size // (args.accumulate * args.processes)
     start = (part * args.processes + args.rank) * share
     return slice(start, start + share)
 
 
 def step_batches(length, args, first_step):
-    """The (index, position) pairs of each pass of each step from `first_step` on, for this process.
+    """The (index, position) pairs of each micro-batch of each step from `first_step` on, for this process.
 
     Position p of the run is in epoch p // length. An epoch is a permutation seeded by (seed, epoch); the last batch of
     an epoch is filled from the next one.
@@ -762,7 +762,7 @@ def settle(args, source):
         return
     if args.batch_size % (args.accumulate * args.processes):
         raise UserError(f"a batch of {args.batch_size} cannot be shared by {args.processes} processes "
-                        f"in {args.accumulate} passes each")
+                        f"in {args.accumulate} micro-batches each")
     args.steps_per_epoch = max(1, len(source) // args.batch_size)
     if args.steps is None:
         args.steps = max(1, math.ceil(args.epochs * len(source) / args.batch_size))

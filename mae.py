@@ -435,7 +435,7 @@ def pretrain(args):
         for part in range(args.accumulate):
             rows = data.rows_of_process(args, part)
             images, _, *stamps = next(batches)  # (B, C, H, W), labels; of dates (B, C, dates, H, W) and (B, dates, 3)
-            with no_sync(net, last=part == args.accumulate - 1):  # DDP averages gradients after the last pass only
+            with no_sync(net, last=part == args.accumulate - 1):  # DDP averages gradients after the last micro-batch
                 with autocast:
                     loss, _ = net(images, visible[rows], hidden[rows], *stamps)
                 scaler.scale(loss / args.accumulate).backward()
@@ -508,7 +508,7 @@ def classify(args):
     train_source, val_source, classes = open_images(args, labelled=True)
     data.settle(args, train_source)
     if args.task == "linprobe" and args.batch_size // args.accumulate < 2 * args.processes:
-        raise UserError("BatchNorm needs at least 2 images in a pass of a process: raise --batch-size")
+        raise UserError("BatchNorm needs at least 2 images in a micro-batch: raise --batch-size")
     val = data.Samples(val_source, data.CentreCrop(args.image_size), replace_unreadable=False)
     model = new_classifier(args, len(classes)).to(device)
 

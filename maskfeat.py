@@ -297,7 +297,7 @@ def pretrain(args):
         for part in range(args.accumulate):
             rows = data.rows_of_process(args, part)
             pixels, _ = next(batches)  # (B, C, H, W), or (B, views, segments, C, T, H, W), of which there is one clip
-            with no_sync(net, last=part == args.accumulate - 1):  # DDP averages gradients after the last pass only
+            with no_sync(net, last=part == args.accumulate - 1):  # DDP averages gradients after the last micro-batch
                 with autocast:
                     loss, _ = net(data.one_clip(pixels), hidden[rows])
                 scaler.scale(loss / args.accumulate).backward()

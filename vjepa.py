@@ -173,12 +173,12 @@ def draw_masks(args, grid, step, rows, device):
     """The masks of some rows (a slice) of a step's batch: ([visible, ...], [hidden, ...]), an entry per mask of a clip.
 
     The sizes of blocks depend on (seed, step, kind) alone. Places are drawn for a group of `mask_group` clips, and cut
-    to the shortest of the group, as the published code does for the 24 clips of a GPU. As long as the clips of a pass
-    divide `mask_group`, the number of processes and passes does not change the masks. They are drawn on the CPU, since
-    the lengths of the lists become shapes: a GPU would be waited for.
+    to the shortest of the group, as the published code does for the 24 clips of a GPU. As long as the clips of a
+    micro-batch divide `mask_group`, the number of processes and micro-batches does not change the masks. They are drawn
+    on the CPU, since the lengths of the lists become shapes: a GPU would be waited for.
     """
     clips = rows.stop - rows.start
-    size = max(clips, args.mask_group // clips * clips)  # of a group, whole passes
+    size = max(clips, args.mask_group // clips * clips)  # of a group, whole micro-batches
     group = rows.start // size
     context_times = max(1, args.context_frames // args.tubelet) if args.context_frames else None
     visible, hidden = [], []
@@ -351,7 +351,7 @@ def pretrain(args):
         for part in range(args.accumulate):
             visible, hidden = draw_masks(args, model.encoder.grid, step, data.rows_of_process(args, part), device)
             clips, _ = next(batches)  # (B, views, segments, C, T, H, W), of which there is one clip
-            with no_sync(net, last=part == args.accumulate - 1):  # DDP averages gradients after the last pass only
+            with no_sync(net, last=part == args.accumulate - 1):  # DDP averages gradients after the last micro-batch
                 with autocast:
                     loss = net(data.one_clip(clips), visible, hidden)
                 scaler.scale(loss / args.accumulate).backward()
