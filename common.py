@@ -368,7 +368,7 @@ def load_model(model, args, new):
             print(f"{args.init} holds an encoder alone: the rest of the model starts anew")
         weights = {name: weight for name, weight in own.items() if name.startswith(new)}
         in_file = {name: name.removeprefix("target_").removeprefix("encoder.") for name in own}
-        weights |= {name: own[name] for name in own if name.startswith("norm.")}  # some lack it
+        weights |= {name: own[name] for name in own if name.startswith("norm.")}  # which a MaskFeat lacks
         weights |= {name: encoder[key] for name, key in in_file.items() if key in encoder and not name.startswith(new)}
     old = describe(weights, settings, args.init)
     old_grid = grid_of(old["image_size"], old["patch_size"], old["frames"], old["tubelet"])

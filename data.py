@@ -704,10 +704,8 @@ def watch(encoder, train, held_out, args, device, labelled):
     looks = []
     for samples in (held_out, train):
         (x,), labels = features([encoder], samples, args, device, args.probe_samples)
-        if len(x) < 2:
-            raise UserError(f"only {len(x)} of the samples to look at can be read")
-        if not x.isfinite().all():
-            return {}  # nor will the next loss be, which in fp16 skips a step, and else ends the run
+        if len(x) < 2 or not x.isfinite().all():
+            return {}  # nothing to compare; or the next loss is not finite either, which ends the run or, in fp16, a step
         look = dict(zip(("spread", "rank"), spread_and_rank(x)))
         looks.append(look | {"knn": nearest_neighbours(x, labels)} if labelled else look)
     found, of_training = looks

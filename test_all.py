@@ -2337,17 +2337,31 @@ def test_a_run_does_not_overwrite_the_checkpoint_that_it_starts_from(tmp_path, m
 
 
 def test_an_encoder_without_its_last_norm_can_go_on_as_mae(folder, tmp_path, monkeypatch, capsys):
-    """A MaskFeat, whose norm belongs to the prediction head: the norm starts anew."""
-    torch.save({"model": tiny_maskfeat().state_dict()}, tmp_path / "maskfeat.pth")
-    flags = ["--data", folder, "--init", tmp_path / "maskfeat.pth", "--image-size", 32, "--batch-size", 4, "--steps", 1]
-    main(monkeypatch, *flags, "--recipe", "demo", "--device", "cpu", "--workers", 0, "--out", tmp_path / "run")
-    assert "holds an encoder alone" in capsys.readouterr().out
+    """A MaskFeat, whose norm belongs to the prediction head: the norm starts anew, the blocks are its own."""
+    before = tiny_maskfeat().state_dict()
+    torch.save({"model": before}, tmp_path / "maskfeat.pth")
+    flags = ["--data", folder, "--init", tmp_path / "maskfeat.pth", "--image-size", 32, "--batch-size", 4, "--steps", 1,
+             "--base-lr", 0, "--recipe", "demo", "--device", "cpu", "--workers", 0, "--out", tmp_path / "run"]
+    main(monkeypatch, *flags)
+    after = common.read_weights(tmp_path / "run/last.pt")[0]
+    assert "holds an encoder alone" in capsys.readouterr().out and (after["norm.weight"] == 1).all()
+    assert torch.equal(after["blocks.1.mlp.fc1.weight"], before["blocks.1.mlp.fc1.weight"])
 
 
-def test_one_sample_to_look_at_is_one_sentence():
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_single_sample_to_look_at_does_not_end_the_run(labelled):
     samples = data.Samples(data.Photographs(True, length=1), data.CentreCrop(32))
-    with pytest.raises(common.UserError, match="only 1 of the samples"):
-        data.watch(lambda x: x.flatten(1), samples, samples, _args(probe_samples=10), torch.device("cpu"), True)
+    args = _args(probe_samples=10)
+    assert data.watch(lambda x: x.flatten(1), samples, samples, args, torch.device("cpu"), labelled) == {}
+
+
+@pytest.mark.parametrize("name", ["last", "step-00002"])
+def test_where_a_checkpoint_cannot_be_written_all_processes_say_so(name, folder, tmp_path):
+    (tmp_path / f"{name}.partial").mkdir()  # is in the way
+    done = run("mae.py", *TINY_FLAGS, "--data", folder, "--steps", 2, "--keep-every", 2, "--device", "cpu", "--out",
+               tmp_path, processes=2)
+    assert done.returncode and f"{name}.pt could not be written" in done.stderr
+    assert 'common.py", line' not in done.stderr  # no traceback but torchrun's own
 
 
 def test_what_a_checkpoint_says_of_the_flags(tmp_path, monkeypatch):
@@ -2472,8 +2486,9 @@ def test_every_command_of_the_readme_runs(folder, videos, places, tmp_path, monk
         script = {"mae": mae, "maskfeat": maskfeat, "vjepa": vjepa}[method]
         task = words[0] if words and words[0] in script.TASKS else "pretrain"
         moving = method == "vjepa" and "--still" not in words or "--frames" in words or "runs/video/last.pt" in words
-        bands = "bands10" if "10" in words else "bands8" if "runs/tiles" in " ".join(words) else None
-        stands_for["DIR"] = bands or (videos if moving else folder)
+        channels = words[words.index("--channels") + 1] if "--channels" in words else 8
+        tiles = "--channels" in words or "runs/tiles/last.pt" in words
+        stands_for["DIR"] = f"bands{channels}" if tiles else videos if moving else folder
         words = [str(stands_for.get(word, word)) for word in words]
         known = common.MACHINE.keys() | script.TASKS[task][1].keys() | script.TASKS[task][2].keys()
         if "--init" in words:  # the model is that of the checkpoint, and so are its decoder and predictor

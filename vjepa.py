@@ -63,7 +63,7 @@ PREDICTOR = dict(
     predictor_dim=flag(384, "width of the predictor", demo=64),
     predictor_depth=flag(12, "blocks of the predictor", demo=3),
 )
-STILL = dict(still=flag(False, "the data are images, each of which is repeated in time; else as --init was trained"))
+STILL = dict(still=flag(False, "the data are images, each of which is repeated in time; if not given, as in --init"))
 PRETRAIN = INPUT | MODEL | STILL | MASKING | PREDICTOR | TRAINING | dict(
     steps=flag(90_000, "length of the training, optimizer steps; or --epochs", demo=3000),
     epochs=flag(None, "passes over the data", number),
@@ -542,7 +542,7 @@ TASKS = {"pretrain": (pretrain, PRETRAIN, WATCH | FINAL_PROBE), "probe": (classi
 def main():
     args = parse_command_line("vjepa", __doc__, TASKS, MODEL | STILL | MASKING | PREDICTOR)
     if args.frames < 2:
-        raise UserError("V-JEPA needs clips of several frames (--frames, or an --init of clips): images it takes with "
+        raise UserError("V-JEPA needs clips of several frames: --frames above 1, or an --init of clips; for images "
                         "--still, which repeats them in time")
     TASKS[args.task][0](args)
 
