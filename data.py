@@ -705,7 +705,7 @@ def watch(encoder, train, held_out, args, device, labelled):
     for samples in (held_out, train):
         (x,), labels = features([encoder], samples, args, device, args.probe_samples)
         if len(x) < 2 or not x.isfinite().all():
-            return {}  # nothing to compare; or the next loss is not finite either, which ends the run or, in fp16, a step
+            return {}  # nothing to compare; or the next loss is not finite either, and `Run.log` sees to that
         look = dict(zip(("spread", "rank"), spread_and_rank(x)))
         looks.append(look | {"knn": nearest_neighbours(x, labels)} if labelled else look)
     found, of_training = looks

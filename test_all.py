@@ -1815,7 +1815,7 @@ def test_workers_hand_over_chunks_of_a_batch(folder, monkeypatch):
         for old, new in zip(once, again, strict=True):
             assert all(map(torch.equal, old, new))
     assert sizes == [4, 4, 4, 4, 1]
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)  # where torch.cuda's streams fail, even on CPUs
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)  # there torch.cuda's streams fail
     assert torch.equal(data.examples(samples, [0], _args(), torch.device("cpu"))[0], once[0][0][:1])
 
 
@@ -2152,7 +2152,8 @@ def test_steps_on_fake_cuda_tensors(method, flags, gib, monkeypatch):
             "new_model": model, "Run": lambda *_: run, "join_processes": join, "data.training_loader": batches,
             "torch.Tensor.backward": backward, "vjepa.draw_masks": masks,
             "torch.nn.functional.scaled_dot_product_attention": flash, "torch.nn.Module.to": lambda module, _: module,
-            "torch.nn.init.trunc_normal_": lambda x, **_: x, "torch.Generator": lambda _=None, kind=torch.Generator: kind(),
+            "torch.nn.init.trunc_normal_": lambda x, **_: x,
+            "torch.Generator": lambda _=None, kind=torch.Generator: kind(),
             "torch.cuda.is_bf16_supported": lambda *_, **__: True,
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False}.items():
         monkeypatch.setattr(name if "." in name else f"{method.__name__}.{name}", stand_in)
@@ -2513,7 +2514,7 @@ def test_every_command_of_the_readme_runs(folder, videos, places, tmp_path, monk
 
 
 def test_workers_and_threads_share_the_cores(monkeypatch):
-    """Of a CPU: with more of them than cores a step took twice as long. What the user or torchrun sets is left alone."""
+    """Of a CPU: with more than cores a step took twice as long. What the user or torchrun sets is left alone."""
     def workers_and_threads(*flags):
         monkeypatch.setattr(sys, "argv", ["mae.py", *flags, "--device", "cpu"])
         return common.parse_command_line("mae", None, mae.TASKS, mae.MODEL).workers, torch.get_num_threads()
