@@ -130,8 +130,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
         self.drop_path = StochasticDepth(drop_path, mode="row")
+        self.checkpointing = False  # True: activations are computed again in the backward pass instead of kept
 
     def forward(self, x):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=self.drop_path.p > 0)
+        return self.residual(x)
+
+    def residual(self, x):
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
@@ -143,15 +149,14 @@ def compile_blocks(model):
     """Use torch.compile for each block by itself: alike blocks share a graph, which takes seconds and not minutes."""
     for block in model.modules():
         if isinstance(block, Block):
-            block.forward = torch.compile(block.forward)
+            block.compile()  # and not block.forward = ..., which a copy of the block would still run with these weights
 
 
 def use_checkpointing(model):
     """Let all blocks keep no activations for the backward pass, but compute them again there."""
     for block in model.modules():
         if isinstance(block, Block):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
-                                              preserve_rng_state=block.drop_path.p > 0)
+            block.checkpointing = True
     if torch.__version__ < (2, 13):  # DDP's splitting of a compiled graph refuses checkpoints (pytorch issue 104674)
         torch._dynamo.config.optimize_ddp = False
 
@@ -285,8 +290,9 @@ def read_checkpoint(path):
         raise UserError(f"to read {path}, install safetensors (pip install safetensors)") from None
     except Exception:  # a damaged file makes the reader fail in many ways
         raise UserError(f"{path} is broken or is not a checkpoint of tensors and plain values") from None
-    nested = ("model", "model_state", *NETWORKS)
-    if not isinstance(found, dict) or not all(isinstance(found.get(name, {}), dict) for name in nested):
+    tables = [found, *(found.get(name, {}) for name in ("model", "model_state", *NETWORKS))] if isinstance(
+        found, dict) else [found]
+    if not all(isinstance(table, dict) and all(isinstance(name, str) for name in table) for table in tables):
         raise UserError(f"{path} holds no weights by name")
     return found
 
@@ -299,9 +305,10 @@ def read_weights(path):
         weights = {f"{part}.{name}": w for part in NETWORKS for name, w in checkpoint.get(part, {}).items()}
     named = {}
     for name, weight in weights.items():
+        name = name.replace("_orig_mod.", "")  # torch.compile
         name = name.replace("module.", "").replace("backbone.", "")  # V-JEPA
         name = name.replace("head.transforms.0.0.", "head.0.").replace("head.projections.0.", "head.1.")  # MaskFeat
-        if not name.startswith("hogs."):  # fixed filters of the published MaskFeat
+        if torch.is_tensor(weight) and not name.startswith("hogs."):  # fixed filters of the published MaskFeat
             named[name] = weight
     return named, checkpoint.get("settings", {})
 
@@ -384,6 +391,8 @@ def load_model(model, args, new):
 def join_processes(args):
     """Join the other processes of torchrun, if there are any: the device of this one; args get `rank`, `processes`."""
     torch.backends.cudnn.allow_tf32 = False  # with --precision fp32, convolutions too are in float32
+    if "RANK" in os.environ and args.device == "mps":
+        raise UserError("torchrun is for --device cuda or cpu, not mps")
     args.rank, args.processes, device = 0, 1, torch.device(args.device)
     if "RANK" in os.environ:
         store, args.rank, args.processes = next(dist.rendezvous("env://"))
@@ -405,9 +414,16 @@ def sum_over_processes(tensor):
     return tensor
 
 
-def mix_seed(*numbers):
-    """One 32-bit seed from several non-negative integers, such as (seed, step)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+BUILT_IN_SEED, EPOCH_SEED, AUGMENTATION_SEED, MASK_SEED, BLOCK_SEED, STEP_SEED, PICTURE_SEED = range(7)  # purposes
+
+
+def derive_seed(seed, purpose, *numbers):
+    """A 64-bit seed for one purpose, such as (seed, MASK_SEED, step): the draws of different purposes are independent.
+
+    By numpy's spawn_key, which tells (1,) from (1, 0); its entropy does not, since that is padded with zeros.
+    """
+    sequence = np.random.SeedSequence(seed, spawn_key=(purpose, *numbers))
+    return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def precision_of(args):
@@ -468,7 +484,8 @@ class Run:
     and saved; a second SIGINT ends the process at once. With --benchmark nothing is read or written: see `time_step`.
     """
 
-    def __init__(self, args, model, optimizer, scaler):
+    def __init__(self, args, model, optimizer, scaler, classes=None):
+        self.classes = classes  # of a classifier, in the order of its outputs
         self.args, self.model, self.optimizer, self.scaler = args, model, optimizer, scaler
         self.file, self.unit = Path(args.out, "log.jsonl"), "clips" if getattr(args, "frames", 1) > 1 else "images"
         self.losses = []  # since the last record; on the device, so that no step waits for the GPU
@@ -523,12 +540,14 @@ class Run:
                 if args.rank == 0:
                     print(f"{error}: going on from {found[0]}", file=sys.stderr)
                 checkpoint = read_checkpoint(found[0])
-            old, new = checkpoint.get("settings", {}), self.settings
+            old, new = args.defaults | checkpoint.get("settings", {}), self.settings
             changed = [f"{name} {old.get(name)} there, {new.get(name)} now" for name in {**old, **new}
                        if old.get(name) != new.get(name)]
             if changed:
                 raise UserError(f"{out} holds a run with other settings ({'; '.join(changed[:5])}): "
                                 "give another --out, or --fresh to start over")
+            if checkpoint.get("classes", self.classes) != self.classes:
+                raise UserError(f"{out} holds a classifier of other classes: give another --out, or --fresh to start over")
             load_strictly(self.model, checkpoint["model"], found[0])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             if checkpoint["scaler"]:  # it is empty unless the run was in fp16
@@ -546,8 +565,11 @@ class Run:
                     os.replace(path, path.with_suffix(".old.pt"))
             if broken:
                 os.replace(broken, out / "last.broken.pt")
-            lines = self.file.read_text().splitlines(True) if self.file.exists() else []
-            kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= step]  # others are written anew
+            lines = self.file.read_text(errors="replace").splitlines(True) if self.file.exists() else []
+            steps = [step_of(line) for line in lines]
+            kept = [line for line, at in zip(lines, steps) if at is not None and at <= step]  # others are written anew
+            if None in steps:
+                print(f"{self.file}: {steps.count(None)} damaged lines are dropped", file=sys.stderr)
             write_whole(self.file, lambda file: file.write("".join(kept).encode()))
             print(f"step {step} of {args.steps} in {out}; "
                   + ", ".join(f"{name}={value}" for name, value in self.settings.items() if value is not None))
@@ -618,7 +640,7 @@ class Run:
         """Rank 0 writes the checkpoint DIR/`name`; but for best.pt all call this, and all get its UserError."""
         failure, weights = None, self.model.state_dict()
         if self.args.rank == 0:
-            checkpoint = {"settings": self.settings, "step": self.step, "best": self.best, "model": weights,
+            checkpoint = {"settings": self.settings, "classes": self.classes, "step": self.step, "best": self.best, "model": weights,
                           "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                           "processes": self.args.processes}
             try:
@@ -667,6 +689,15 @@ class Run:
                 "processes": args.processes}))
 
 
+def step_of(line):
+    """The step of a line of log.jsonl, or None if it is damaged."""
+    try:
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int) and line.endswith("\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def write_whole(path, write):
     """Fill a file by `write(file)` under another name, then rename it: under its own it is always whole."""
     partial = path.with_suffix(".partial")
@@ -695,14 +726,15 @@ def save_pictures(columns, out, name):
     print(f"picture {Path(out, name)}")
 
 
-def train_classifier(args, model, optimizer, schedule, load, test, mix=None):
+def train_classifier(args, model, optimizer, schedule, load, test, classes, mix=None):
     """Train a classifier by cross-entropy and test it after each epoch and at the end.
 
     schedule(step) -> (learning rate, weight decay); load(first_step) yields (pixels, labels, ...) on the device,
-    `accumulate` of them a step; test(last) is an `accuracy`; mix: MixUp or CutMix of (pixels, labels).
+    `accumulate` of them a step; test(last) is an `accuracy`; classes: their names; mix: MixUp or CutMix of (pixels,
+    labels).
     """
     autocast, scaler = precision_of(args)
-    run = Run(args, model, optimizer, scaler)
+    run = Run(args, model, optimizer, scaler, classes)
     if args.checkpointing:
         use_checkpointing(model)
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.processes > 1 else model
@@ -715,7 +747,7 @@ def train_classifier(args, model, optimizer, schedule, load, test, mix=None):
             group["lr"], group["weight_decay"] = lr * group["lr_scale"], weight_decay * group["decays"]
 
         model.train()
-        torch.manual_seed(mix_seed(args.seed, step, args.rank))  # of drop path, MixUp and CutMix
+        torch.manual_seed(derive_seed(args.seed, STEP_SEED, step, args.rank))  # of drop path, MixUp and CutMix
         for part in range(args.accumulate):
             pixels, labels, *stamps = next(batches)
             pixels, labels = mix(pixels, labels) if mix else (pixels, labels)
@@ -785,7 +817,8 @@ def flag(value, text, kind=None, **others):
     kind = kind or {int: count, float: number}.get(type(value), type(value))
     options = {"choices": kind} if isinstance(kind, list) else {
         bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "+", "type": float}}.get(kind, {"type": kind})
-    values = ", ".join(f"{key} {x}" for key, x in {"default": value, **others}.items() if x is not None)
+    values = ", ".join(f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}"
+                       for key, x in {"default": value, **others}.items() if x is not None)
     options["help"] = (f"{text} ({values})" if values else text).replace("%", "%%")
     return argparse.Namespace(value=value, others=others, options=options)
 
@@ -853,8 +886,10 @@ def parse_command_line(method, description, tasks, of_model):
         raise UserError(f"there is no task {task}, only {', '.join(tasks)}")
     _, recipe, others = tasks[task]
     flags = {**recipe, **others, **MACHINE}
-    parser = argparse.ArgumentParser(f"{method}.py {task}", usage="%(prog)s [flags]", description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        f"{method}.py {task}", usage=f"{method}.py [{'|'.join(tasks)}] [flags]", allow_abbrev=False,
+        description=f"{description}\nTasks: {', '.join(tasks)}; pretrain if none is given. The flags of {task}:",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in flags:
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **flags[name].options)
 
@@ -887,6 +922,8 @@ def parse_command_line(method, description, tasks, of_model):
     video = ["video"] if "frames" in flags and value("frames", *demo) > 1 else []
     keys = [*(["demo_video"] if demo and video else []), *demo, *video, value("size", *demo)]
     args = argparse.Namespace(task=task, settings=list(recipe), **{name: value(name, *keys) for name in flags})
+    known = {}
+    args.defaults = {name: value(name, *keys) for name in recipe}  # of flags that an older version did not have
     if "epochs" in given and "steps" not in given:
         args.steps = None
     if args.benchmark:
@@ -918,17 +955,20 @@ def run_main(main):
     except SystemExit as end:  # after --help, a benchmark or a signal
         code = end.code
     except (UserError, OSError, torch.OutOfMemoryError) as error:
+        sentence = str(error)
         if isinstance(error, torch.OutOfMemoryError):
-            error = ("the GPU is out of memory: use --checkpointing, or more micro-batches (--accumulate); the same "
-                     "command then goes on from the last checkpoint")
+            sentence = ("the GPU is out of memory: use --checkpointing, or more micro-batches (--accumulate); the same "
+                        "command then goes on from the last checkpoint")
+        elif sentence.startswith("Caught "):  # in a worker: torch makes its whole traceback the message
+            sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # where rank 0 says the same, torchrun ends the others before they repeat it
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        tqdm.write(f"{Path(sys.argv[0]).name}: error: {sentence}", sys.stderr)  # beside an open progress bar too
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception:  # left to Python, it would keep the loader, and Python wait for its workers
+    except Exception:
         traceback.print_exc()
         sys.exit(1)
     if dist.is_initialized():

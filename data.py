@@ -8,10 +8,12 @@ depends on (seed, step) alone: not on the number of workers or processes, nor on
 batch on the device is normalised: images (B, C, H, W), series (B, C, dates, H, W), and clips always (B, views,
 segments, C, T, H, W), where segments are parts of the time of a video and views parts of its frames.
 """
+import atexit
 import contextlib
 import functools
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -27,7 +29,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import InterpolationMode, v2
 
-from common import UserError, height_and_width, mix_seed, precision_of, sum_over_processes
+from common import (AUGMENTATION_SEED, BUILT_IN_SEED, EPOCH_SEED, UserError, derive_seed, height_and_width,
+                    precision_of, read_checkpoint, sum_over_processes)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy", ".npz", ".avif",
@@ -63,7 +66,7 @@ class Photographs(Dataset):
         label = index * len(self.classes) // self.length  # sorted by class, as a folder is
         region = self.regions[label]
         width, height = region.size
-        draw = torch.Generator().manual_seed(mix_seed(index))  # a picture is the same at every draw
+        draw = torch.Generator().manual_seed(derive_seed(0, BUILT_IN_SEED, index))  # the same at every draw
         side = min(width, height, int(torch.randint(96, 161, (), generator=draw)))
         left = int(torch.randint(width - side + 1, (), generator=draw))
         top = int(torch.randint(height - side + 1, (), generator=draw))
@@ -131,7 +134,7 @@ class Clips(Photographs):
         return scene
 
     def __getitem__(self, index):
-        draw = random.Random(mix_seed(index, int(self.train)))  # a clip is the same at every draw
+        draw = random.Random(derive_seed(0, BUILT_IN_SEED, index, int(self.train)))  # the same at every draw
         scene = self.collage(draw)
         motion, strength = draw.randrange(len(self.classes)), draw.uniform(0.5, 1)
         time = self.speed * strength * np.linspace(-0.5, 0.5, self.frames)
@@ -162,7 +165,7 @@ class Clips(Photographs):
 
 class Files(Dataset):
     """Files with labels, [(path, label)]: images, or with frames > 1 videos and folders of frames (see `read_clips`),
-    or with dates > 1 folders of images of a place (see `read_series`). An unreadable file is named once, and is None.
+    or with dates > 1 folders of images of a place (see `read_series`). Raises what the readers raise.
 
     segments: so many clips evenly over each video, and dates evenly over all; None: one clip, and dates, at random.
     """
@@ -179,22 +182,36 @@ class Files(Dataset):
         return len(self.names)
 
     def __getitem__(self, index):
-        path, stamps = os.fsdecode(self.names[index]), []
-        try:
-            if self.dates > 1:
-                pixels, *stamps = read_series(path, self.dates, self.channels, not self.segments)
-            elif self.frames > 1:
-                pixels = read_clips(path, self.frames, self.stride, self.segments, self.channels)
-            else:
-                pixels = read_image(path, self.channels)
-            return pixels, int(self.labels[index]), *stamps
-        except UserError:
-            raise
-        except Exception as error:  # damaged files make the decoders fail in many ways
-            if not self.unreadable[index]:
-                self.unreadable[index] = True
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                print(f"\nskipped, since it cannot be read: {path} ({reason})", file=sys.stderr)
+        path = os.fsdecode(self.names[index])
+        if self.dates > 1:
+            pixels, stamps = read_series(path, self.dates, self.channels, not self.segments)
+            return pixels, int(self.labels[index]), stamps
+        if self.frames > 1:
+            return read_clips(path, self.frames, self.stride, self.segments, self.channels), int(self.labels[index])
+        return read_image(path, self.channels), int(self.labels[index])
+
+    def skip(self, index, error):
+        """Note a file that cannot be read. The first ten are named on stderr, the others only counted."""
+        named = int(self.unreadable.sum())
+        if self.unreadable[index] or named > 10:
+            self.unreadable[index] = True
+            return
+        self.unreadable[index] = True
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"\nskipped, since it cannot be read: {os.fsdecode(self.names[index])} ({reason})" if named < 10 else
+              "\nmore files cannot be read: from here on they are only counted", file=sys.stderr)
+
+
+def is_system_name(name):
+    """Whether a file or folder is none of the user's data, as .ipynb_checkpoints, ._photo.jpg, @eaDir, __MACOSX."""
+    return name.startswith(".") or name in ("@eaDir", "__MACOSX")
+
+
+def image_names(folder):
+    """The names of the images in a folder, in the order of the numbers in them."""
+    names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_FILES) and not is_system_name(name)]
+    return sorted(names, key=lambda name: [int(part) if part.isdecimal() else part
+                                           for part in re.split(r"(\d+)", name)])
 
 
 def find_files(path, classes=None, clips=False, series=False):
@@ -207,13 +224,19 @@ def find_files(path, classes=None, clips=False, series=False):
     if Path(path).is_file():
         numbers = {name: number for number, name in enumerate(classes or [])}
         return [(name, numbers.get(label, 0)) for name, label in read_list(path)]
-    found, kinds = [], () if series else VIDEO_FILES if clips else IMAGE_FILES
+    found, endings = [], () if series else VIDEO_FILES if clips else IMAGE_FILES
+    # Links are followed, but each folder is read once: a link may point at a folder above it, or at another class.
+    visited = {os.path.realpath(Path(path, folder)) for folder in ("", *(classes or []))}
     for label, folder in enumerate(classes or [""]):
-        for where, _, names in os.walk(Path(path, folder), followlinks=True):
-            files = [os.path.join(where, name) for name in names if name.lower().endswith(kinds)]
+        for where, folders, names in os.walk(Path(path, folder), followlinks=True):
+            names = [name for name in names if not is_system_name(name)]
+            files = [os.path.join(where, name) for name in names if name.lower().endswith(endings)]
             if (clips or series) and not files and any(name.lower().endswith(IMAGE_FILES) for name in names):
                 files = [where]
             found += [(name, label) for name in files]
+            targets = {name: os.path.realpath(os.path.join(where, name)) for name in folders}
+            folders[:] = [name for name in folders if targets[name] not in visited and not is_system_name(name)]
+            visited.update(targets.values())
     if not found:
         wanted = "folder of images" if series else "video and no folder of frames" if clips else "image"
         raise UserError(f"there is no {wanted} below {path}")
@@ -221,23 +244,39 @@ def find_files(path, classes=None, clips=False, series=False):
 
 
 def read_list(path):
-    """[(path, label or None)] of a text file of `path label` lines, or of paths alone, relative to its own folder."""
+    """[(path, label or None)] of a text file of `path label` lines, or of paths alone, relative to its own folder.
+
+    Raises UserError for a line that names no image, video or folder (a header, a comment, another separator), and for
+    labels that are numbers in some lines only.
+    """
     try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    except UnicodeDecodeError:
+        if os.path.getsize(path) > 2 ** 30:
+            raise ValueError("too large for a list")
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except ValueError:  # of which a UnicodeDecodeError is one
         raise UserError(f"{path} is neither a folder nor a list of paths") from None
-    if not lines:
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line]
+    if not numbered:
         raise UserError(f"{path} is empty")
-    pairs = [line.rsplit(maxsplit=1) for line in lines]
+    pairs = [line.rsplit(maxsplit=1) for _, line in numbered]
     if any(len(pair) < 2 or pair[1].lower().endswith(IMAGE_FILES + VIDEO_FILES) for pair in pairs):
-        pairs = [(line, None) for line in lines]
-    return [(str(Path(path).parent / name), label) for name, label in pairs]
+        pairs = [(line, None) for _, line in numbered]
+    folder = Path(path).parent
+    for (number, line), (name, _) in zip(numbered, pairs):
+        if not name.lower().endswith(IMAGE_FILES + VIDEO_FILES) and not os.path.isdir(folder / name):
+            raise UserError(f"line {number} of {path} names no image, video or folder: {line[:80]}")
+    labels = {label for _, label in pairs} - {None}
+    numbers = {label for label in labels if label.isdecimal()}
+    if numbers and numbers != labels:
+        raise UserError(f"{path} has the label {min(labels - numbers)} among labels that are numbers, such as "
+                        f"{min(numbers)}")
+    return [(str(folder / name), label) for name, label in pairs]
 
 
 def class_names(path):
     """The names of the folders in a folder, or the labels of a list, numbers in their order; [] if there are none."""
     if path.is_dir():
-        return sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
+        return sorted(p.name for p in path.iterdir() if p.is_dir() and not is_system_name(p.name))
     labels = {label for _, label in read_list(path)} - {None}
     return sorted(labels, key=lambda label: (int(label) if label.isdecimal() else -1, label))
 
@@ -245,38 +284,50 @@ def class_names(path):
 def read_image(path, channels=3):
     """A PIL image (RGB, or grey for 1 channel), or floats (C, H, W) of 16-bit files and any other number of channels.
 
-    Raises ValueError for other channels than asked for, for sizes that could be a decompression bomb, and for values
-    that are not finite.
+    uint8 and uint16 are scaled to [0, 1]; other numbers, whose range is not known, are taken as they are. Raises
+    ValueError for other channels than asked for, for sizes that could be a decompression bomb, and for values that are
+    not finite.
     """
-    suffix = Path(path).suffix.lower()
+    suffix, array = Path(path).suffix.lower(), None
     if suffix in (".npy", ".npz"):  # (H, W), (H, W, C) or (C, H, W); mapped: no larger than the file
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if suffix == ".npz":
             if array.zip.infolist()[0].file_size > 16 * Image.MAX_IMAGE_PIXELS:
                 raise ValueError("it claims a size that could be a decompression bomb")
             array = array[array.files[0]]
-    elif suffix in (".tif", ".tiff") and channels not in (1, 3):
-        from tifffile import TiffFile  # scikit-image's reader
-        with TiffFile(path) as file:
-            if math.prod(file.series[0].shape) > 16 * Image.MAX_IMAGE_PIXELS:
-                raise ValueError("it claims a size that could be a decompression bomb")
-            array = file.asarray()
-    else:
+    elif suffix in (".tif", ".tiff"):
+        array = read_tiff(path, channels)
+    if array is None:
         image = Image.open(path)
         if channels in (1, 3) and not image.mode.startswith(("I", "F")):
             return image.convert("RGB" if channels == 3 else "L")
         array = np.asarray(image)
+        array = array.astype(np.uint16) if image.mode == "I" and array.min() >= 0 and array.max() < 2 ** 16 else array
     if array.ndim == 3 and array.shape[0] == channels != array.shape[2]:  # channels first, or a page for each
         array = array.transpose(1, 2, 0)
     array = array[..., None] if array.ndim == 2 else array
-    if array.shape[-1] == 1 and channels == 3:  # 16-bit grey
+    if array.shape[-1] == 1 and channels == 3:  # grey
         array = array.repeat(3, axis=-1)
-    if array.ndim != 3 or array.shape[2] != channels:
+    if array.ndim != 3 or array.shape[2] != channels or array.size == 0:
         raise ValueError(f"it has the shape {array.shape}, not {channels} channels")
-    if not np.isfinite(array).all():
-        raise ValueError("it has values that are not finite")
-    scale = np.iinfo(array.dtype).max if array.dtype.kind in "ui" else 1  # integers to [0, 1], real numbers as they are
+    if array.dtype.kind not in "buif" or not np.isfinite(array).all():
+        raise ValueError("it has values that are not finite numbers")
+    scale = {("u", 1): 255, ("u", 2): 65535}.get((array.dtype.kind, array.dtype.itemsize), 1)
     return torch.from_numpy((array / scale).astype(np.float32)).permute(2, 0, 1)
+
+
+def read_tiff(path, channels):
+    """The array in a TIFF file, in any layout; or None for a plain photograph of 8 bits, which Pillow reads."""
+    from tifffile import TiffFile  # scikit-image's reader
+    with TiffFile(path) as file:
+        page = file.pages.first
+        plain_grey_or_colour = page.photometric != 1 or page.samplesperpixel == 1  # 1: grey, or bands
+        if (channels in (1, 3) and len(file.pages) == 1 and page.bitspersample <= 8 and page.sampleformat == 1
+                and page.samplesperpixel <= 4 and plain_grey_or_colour):
+            return None
+        if math.prod(file.series[0].shape) > 16 * Image.MAX_IMAGE_PIXELS:
+            raise ValueError("it claims a size that could be a decompression bomb")
+        return file.asarray()
 
 
 def read_series(folder, dates, channels, chosen_at_random):
@@ -285,7 +336,7 @@ def read_series(folder, dates, channels, chosen_at_random):
     A name has year, month, day and, if known, hour, such as 2016-03-24T10.tif. Of more images, so many are taken, at
     random or evenly. Raises ValueError for names without a date, too few images, or images that differ in size.
     """
-    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_FILES))
+    names = sorted(image_names(folder))
     pattern = r"(?<!\d)((?:19|20)\d\d)[-_]?(0[1-9]|1[0-2])[-_]?(?:0[1-9]|[12]\d|3[01])(?:T([01]\d|2[0-3])|(?!\d))"
     times = [re.search(pattern, name) for name in names]
     if not all(times):
@@ -311,8 +362,7 @@ def read_clips(path, frames, stride, segments=None, channels=3):
     torchcodec or FFmpeg is missing.
     """
     if os.path.isdir(path):  # in the order of the numbers in their names; a gap is closed up
-        names = sorted((name for name in os.listdir(path) if name.lower().endswith(IMAGE_FILES)),
-                       key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
+        names = image_names(path)
         length = len(names)
     else:
         try:
@@ -342,22 +392,27 @@ def read_clips(path, frames, stride, segments=None, channels=3):
     return pixels.unflatten(0, (-1, frames))
 
 
-def open_sources(data, channels=3, labelled=True, frames=1, stride=1, dates=1, scenes=False):
+def open_sources(data, channels=3, labelled=True, frames=1, stride=1, dates=1, scenes=False, tested=None):
     """(training source, validation source or None, class names or None) for --data: None, "cifar10", a folder, a list.
 
     A folder is DIR/train/<class>/... with DIR/val/<class>/... or DIR/test/<class>/..., or DIR/train.txt with
     DIR/val.txt or DIR/test.txt; where no labels are needed (labelled=False) it is any folder or list, and DIR/train
     alone is used if there is one. With frames > 1 the samples are clips, with dates > 1 series of images. scenes:
-    instead of the built-in photographs, `Scenes`. Raises UserError for all else.
+    instead of the built-in photographs, `Scenes`. tested: the checkpoint of a classifier that is only to be tested: the
+    classes are those named in it, and no training samples are needed. Raises UserError for all else.
     """
     kind = Scenes if scenes or dates > 1 else Clips if frames > 1 else Photographs
     if channels not in (1, 3) and (frames > 1 or data is None and kind is Photographs):
         raise UserError(f"{'clips' if frames > 1 else 'the built-in photographs'} have 1 or 3 channels, not {channels}"
                         + ("" if data else ": give --data"))
+    tested_classes = read_checkpoint(tested).get("classes") if tested else None
+    if tested and not tested_classes and os.environ.get("RANK", "0") == "0":
+        print(f"{tested} does not name its classes: they are taken to be those of the data, in their order")
     if data is None:
         others = {Scenes: dict(dates=dates), Clips: dict(frames=frames, stride=stride)}.get(kind, {})
         train, val = (kind(split == "train", channels=channels, length=length, **others)
                       for split, length in (("train", 6000), ("val", 1500)))
+        check_classes(train.classes, tested_classes, "the built-in data")
         return train, val, train.classes
     if data == "cifar10":
         if channels != 3 or frames > 1 or dates > 1:
@@ -369,6 +424,7 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, dates=1, s
             train, val = (CIFAR10("data", train=train) for train in (True, False))
         except (OSError, RuntimeError) as error:
             raise UserError(f"CIFAR-10 could not be downloaded to ./data: {error}") from None
+        check_classes(train.classes, tested_classes, data)
         return train, val, train.classes
 
     root = Path(data)
@@ -377,23 +433,44 @@ def open_sources(data, channels=3, labelled=True, frames=1, stride=1, dates=1, s
     of_files, kinds = (channels, frames, stride, dates), (frames > 1, dates > 1)
     if not labelled and root.is_file() and root.name.lower().endswith(IMAGE_FILES + VIDEO_FILES):  # for `show`
         return Files([(root, 0)], *of_files), None, None
-    train = next((path for path in (root / "train.txt", root / "train") if path.exists()), root)
-    tests = [root / f"{name}{train.suffix}" for name in ("val", "test") if train != root]
-    val = next((path for path in tests if path.exists()), None)
+    train = next((path for path in (root / "train.txt", root / "train") if path.exists()), None)
+    suffixes = [train.suffix] if train else ["", ".txt"] if tested else []
+    val = next((path for suffix in suffixes for name in ("val", "test")
+                if (path := root / f"{name}{suffix}").exists()), None)
+    if tested and val:
+        classes = tested_classes or class_names(train or val)
+        check_classes(class_names(val), tested_classes, val, some=True)
+        val = Files(find_files(val, classes, *kinds), *of_files)
+        val.segments = 1
+        return val, val, classes
+    train = train or root
     classes, val_classes = (class_names(path) if path else [] for path in (train, val))
+    unknown = sorted(set(val_classes) - set(classes))
+    if not labelled and (len(classes) < 2 or unknown):  # the folders' names are no labels
+        sources = [Files(find_files(path, None, *kinds), *of_files) if path else None for path in (train, val)]
+        return *sources, None
     if not classes or not val_classes:
         if labelled:
             needed = "lists train.txt and val.txt (or test.txt), of lines of `path label`" if train.is_file() else \
                 "folders train/<class>/ and val/<class>/ (or test/<class>/)"
             raise UserError(f"{root} needs the {needed}")
         return Files(find_files(train, None, *kinds), *of_files), None, None
-    unknown = sorted(set(val_classes) - set(classes))
     if unknown:
         kind, known = ("label", "the training list") if train.is_file() else ("class folder", train)
         raise UserError(f"{val} has the {kind} {unknown[0]}, which {known} lacks")
+    if len(classes) < 2:
+        raise UserError(f"{train} has one class, {classes[0]}: a classifier needs two at least")
     train, val = (Files(find_files(path, classes, *kinds), *of_files) for path in (train, val))
     val.segments = 1
     return train, val, classes
+
+
+def check_classes(classes, tested, where, some=False):
+    """Raise UserError if a classifier to be tested has other classes; None if it does not name them. some: of them."""
+    if tested and not (set(classes) <= set(tested) if some else list(classes) == list(tested)):
+        other = next((name for name in classes if name not in tested), "fewer")
+        raise UserError(f"the classifier was trained on the classes {', '.join(tested[:5])}, ... ({len(tested)} in "
+                        f"all), but {where} has {other}")
 
 
 # --------------------------------------------------------------------------------------------------------- transforms
@@ -411,10 +488,33 @@ def strong_augmentation(args, flip=True, operations=2):
     """Augmentation of fine-tuning: random crop, flip, RandAugment (magnitude 0 to 10), erasing (a probability)."""
     crop, flip, to_tensor = crop_and_flip(args.image_size, (0.08, 1.0), flip).transforms
     # The papers, as timm, count RandAugment's magnitude to 10, torchvision to 30. It is for 1 or 3 channels only.
-    fill = [int(255 * value) for value in args.mean]
-    colours = [v2.RandAugment(operations, round(3 * args.randaugment), interpolation=BILINEAR, fill=fill)]
-    return v2.Compose([crop, flip, *(colours if args.randaugment and args.channels in (1, 3) else []), to_tensor,
+    operations = [RandAugment(args.mean, operations, round(3 * args.randaugment))] if args.randaugment else []
+    return v2.Compose([crop, flip, *(operations if args.channels in (1, 3) else []), to_tensor,
                        *([Erasing(args)] if args.erasing else [])])
+
+
+class RandAugment(torch.nn.Module):
+    """RandAugment that fills with the mean, in the unit of the picture: bytes, or real numbers.
+
+    Where real numbers are not in [0, 1], the range that operations on colours suppose, only the picture's geometry is
+    changed: shears, translations, rotations.
+    """
+
+    def __init__(self, mean, operations, magnitude):
+        super().__init__()
+        options = {"num_ops": operations, "magnitude": magnitude, "interpolation": BILINEAR}
+        self.of_bytes = v2.RandAugment(fill=[int(255 * value) for value in mean], **options)
+        self.of_numbers = v2.RandAugment(fill=list(mean), **options)
+        self.of_geometry = v2.RandAugment(fill=list(mean), **options)
+        self.of_geometry._AUGMENTATION_SPACE = {
+            name: values for name, values in v2.RandAugment._AUGMENTATION_SPACE.items()
+            if name.startswith(("Identity", "Shear", "Translate", "Rotate"))}
+
+    def forward(self, image):
+        if not torch.is_tensor(image) or image.dtype == torch.uint8:
+            return self.of_bytes(image)
+        in_range = image.amin() >= 0 and image.amax() <= 1
+        return self.of_numbers(image) if in_range else self.of_geometry(image)
 
 
 class Erasing(v2.RandomErasing):
@@ -442,6 +542,9 @@ class CentreCrop:
         old, new = v2.functional.get_size(image), self.size
         if self.views > 1 or tuple(old) != new:
             factor = max(new[0] / old[0], new[1] / old[1]) / (0.875 if self.views == 1 else 1)
+            if self.views == 1 and max(old) > 8 * min(old):  # of a very long image only the middle is enlarged
+                old = [min(length, math.ceil(8 * side / factor)) for length, side in zip(old, new)]
+                image = v2.functional.center_crop(image, old)
             larger = [max(side, round(factor * length)) for side, length in zip(new, old)]
             image = v2.functional.resize(image, larger, BICUBIC if self.views == 1 else BILINEAR)
         image = v2.PILToTensor()(image)
@@ -469,14 +572,37 @@ def mix_up_and_cut_mix(args, classes):
 
 
 def measure_mean_and_std(source, image_size, images=1000):
-    """Mean and standard deviation of each channel over up to `images` images evenly taken from a source."""
-    samples, moments = Samples(source, CentreCrop(image_size)), []
+    """Mean and standard deviation of each channel over up to `images` images evenly taken from a source.
+
+    Raises UserError for a channel that is the same number everywhere. Warns of a value that is further from all others
+    than these are from one another, as a code for missing data is.
+    """
+    samples, moments, extremes = Samples(source, CentreCrop(image_size)), [], []
     for index in evenly(len(source), images):
         pixels = v2.functional.to_dtype(samples.example(index)[0], torch.float64, scale=True)
         pixels = pixels.movedim(-3 if pixels.ndim == 3 else -4, 0).flatten(1)  # (C, everything else)
         moments.append(torch.stack([pixels.mean(1), pixels.square().mean(1)]))
+        with contextlib.suppress(Exception):  # what cannot be read was replaced in `samples`
+            raw = source[index][0]  # before it is resized, which blends values
+            if torch.is_tensor(raw) and raw.is_floating_point():
+                values = [x.unique() for x in raw.movedim(-3, 0).flatten(1)]  # sorted
+                extremes.append([torch.cat([x[:2], x[-2:]]) for x in values])
+    for channel, values in enumerate(zip(*extremes)):
+        values = torch.cat(values).double().unique()  # sorted
+        if len(values) < 3:
+            continue
+        for code, gap, others in ((values[0], values[1] - values[0], values[-1] - values[1]),
+                                  (values[-1], values[-1] - values[-2], values[-2] - values[0])):
+            if gap > others:
+                print(f"warning: in channel {channel} the value {code:.6g} is further from the others than these are "
+                      "from one another; if it stands for missing data, replace it, since mean and std suffer from it",
+                      file=sys.stderr)
     mean, square = torch.stack(moments).mean(0)
-    std = (square - mean.square()).clamp(min=1e-12).sqrt()
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    constant = (std <= 1e-6 * mean.abs()).nonzero().flatten().tolist()
+    if constant:
+        raise UserError(f"channel {constant[0]} is {mean[constant[0]]:.4g} in all training images that were measured: "
+                        "there is nothing to learn from it, or give --mean and --std")
     # Rounded, so that a run goes on although another machine measures another last digit.
     return [[float(f"{value:.4g}") for value in values.tolist()] for values in (mean, std)]
 
@@ -489,25 +615,33 @@ class Samples(Dataset):
     series (C, dates, H, W), clips (views, segments, C, T, H, W).
 
     Augmentation and time of a clip are seeded by (seed, position), where position is the place of the draw in the whole
-    run. The next readable file takes the place of an unreadable one; otherwise, as in a test, which must not count a
-    sample twice, it has the label -1. Raises UserError if no file can be read.
+    run. A file that a reader or a transform cannot cope with is skipped and named: the next one takes its place;
+    otherwise, as in a test, which must not count a sample twice, that has the label -1. Raises UserError if none can be
+    read.
     """
 
     def __init__(self, source, transform, seed=0, replace_unreadable=True):
         self.source, self.transform, self.seed, self.replace_unreadable = source, transform, seed, replace_unreadable
-        if not any(source[index] for index in range(len(source))):
-            raise UserError(f"none of the files can be read, for instance {os.fsdecode(source.names[0])}")
+        self.example(0)
 
     def __getitem__(self, item):
-        index, position = item
+        first, position = item
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mix_seed(self.seed, position))
-            readable = index
-            while (sample := self.source[readable]) is None:
-                readable = (readable + 1) % len(self.source)
-            pixels, label, *stamps = sample
-            label = label if self.replace_unreadable or readable == index else -1
-            pixels = self.transform(pixels)
+            torch.default_generator.manual_seed(derive_seed(self.seed, AUGMENTATION_SEED, position))
+            for index in (i % len(self.source) for i in range(first, first + len(self.source))):
+                try:
+                    pixels, label, *stamps = self.source[index]
+                    pixels = self.transform(pixels)
+                    break
+                except UserError:
+                    raise
+                except Exception as error:  # damaged files make decoders and transforms fail in many ways
+                    if not isinstance(self.source, Files):
+                        raise
+                    self.source.skip(index, error)
+            else:
+                raise UserError(f"none of the files can be read, for instance {os.fsdecode(self.source.names[0])}")
+        label = label if self.replace_unreadable or index == first else -1
         if pixels.ndim > 3:  # channels before time
             pixels = pixels.transpose(-4, -3)
         return (pixels[None] if pixels.ndim == 5 else pixels), label, *stamps
@@ -538,7 +672,7 @@ def step_batches(length, args, first_step):
     """
     @functools.lru_cache(maxsize=1)
     def order(epoch):
-        return np.random.default_rng((args.seed, epoch)).permutation(length)
+        return np.random.default_rng(derive_seed(args.seed, EPOCH_SEED, epoch)).permutation(length)
 
     for step in range(first_step, args.steps):
         for part in range(args.accumulate):
@@ -553,6 +687,18 @@ def ignore_signals(worker):
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+@atexit.register
+def end_workers():
+    """End the workers of a loader that an error has kept: Python sends each one SIGTERM, which it only notes, and then
+    waits for it for ever.
+    """
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own raises an error when a worker ends
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def together(images):
@@ -686,14 +832,16 @@ def nearest_neighbours(x, labels, neighbours=10):
 def spread_and_rank(x):
     """How far a batch of features (N, D) is from a collapse: (spread, effective rank).
 
-    The spread is the deviation of each number across the samples, on average; 0 if all samples have the same features.
+    The spread is the standard deviation across the samples relative to the root mean square of the features: 0 if all
+    samples have the same features, 1 if their mean is zero, whatever the scale.
     The effective rank is the exponential of the entropy of the singular values' shares (RankMe, arXiv 2210.02885), here
     of the centred features: about the number of directions that are in use.
     """
+    scale = x.square().mean().sqrt().clamp(min=1e-12)
     x = x - x.mean(dim=0)
     share = torch.linalg.svdvals(x)
     share = share / share.sum().clamp(min=1e-12)
-    return x.std(dim=0).mean().item(), torch.exp(-torch.xlogy(share, share).sum()).item()
+    return (x.square().mean().sqrt() / scale).item(), torch.exp(-torch.xlogy(share, share).sum()).item()
 
 
 def watch(encoder, train, held_out, args, device, labelled):
@@ -747,11 +895,37 @@ def report_unreadable(args, *sources):
                 print(f"{bad} of {len(source)} files could not be read and were skipped", file=sys.stderr)
 
 
-def settle(args, source):
-    """Fill in what depends on the data, mean, deviation and steps, and check what does."""
+def in_unit_range(source):
+    """Whether some images of a source are bytes or lie in [0, 1], so that ImageNet's mean and std suit them."""
+    if not isinstance(source, Files):
+        return True
+    samples = Samples(source, v2.PILToTensor())
+    pixels = [samples.example(index)[0] for index in evenly(len(source), 4)]
+    return all(not x.is_floating_point() or (x.amin() >= 0 and x.amax() <= 1) for x in pixels)
+
+
+def contents(source, classes=None):
+    """What a source holds, in words: "12,345 videos in 10 classes"."""
+    names = getattr(source, "names", None)
+    number, kinds = len(source), {}
+    if names is None:
+        kinds["built-in clips" if isinstance(source, Clips) else "images"] = number
+    elif source.dates > 1:
+        kinds["series of images"] = number
+    elif source.frames > 1:
+        videos = sum(os.fsdecode(name).lower().endswith(VIDEO_FILES) for name in names)
+        kinds = {"videos": videos, "folders of frames": number - videos}
+    else:
+        kinds["images"] = number
+    words = " and ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
+    return words + (f" in {len(classes)} classes" if classes else "")
+
+
+def settle(args, source, val=None, classes=None):
+    """Fill in what depends on the data, mean, std and steps, check what does, and say what was found."""
     if bool(args.mean) != bool(args.std):
         raise UserError("give both --mean and --std, or neither")
-    if args.measure or (not args.mean and args.channels != 3):
+    if args.measure or not args.mean and (args.channels != 3 or not in_unit_range(source)):
         args.mean, args.std = measure_mean_and_std(source, args.image_size)
     args.mean, args.std = list(args.mean or IMAGENET_MEAN), list(args.std or IMAGENET_STD)
     if len(args.mean) != args.channels or len(args.std) != args.channels or not min(args.std) > 0:
@@ -764,3 +938,10 @@ def settle(args, source):
     args.steps_per_epoch = max(1, len(source) // args.batch_size)
     if args.steps is None:
         args.steps = max(1, math.ceil(args.epochs * len(source) / args.batch_size))
+    if args.rank == 0 and not args.benchmark:  # what was found shows many a mistake at once
+        words = f"{contents(source, classes)} for training, " + (f"{len(val):,} for validation" if val else
+                                                                 "none for validation")
+        passes = args.steps * args.batch_size / len(source)
+        words += f"; {args.steps:,} steps of {args.batch_size:,} are {passes:,.3g} passes over the data"
+        print(f"{contents(val, classes)} for validation" if getattr(args, "eval_only", False) else words)
+

@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, WATCH, Block, PatchEmbed, Run,
-                    UserError, ViT, accuracy, cosine, describe, flag, grid_of, height_x_width, join_processes,
-                    load_model, load_strictly, mix_seed, no_sync, parameter_groups, parse_command_line, patchify,
+from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, MASK_SEED, PICTURE_SEED, SIZES, TRAINING, WATCH, Block,
+                    PatchEmbed, Run, UserError, ViT, accuracy, cosine, derive_seed, describe, flag, grid_of,
+                    height_x_width, join_processes,
+                    load_model, load_strictly, no_sync, parameter_groups, parse_command_line, patchify,
                     precision_of, put, read_weights, run_main, save_pictures, share, sincos, sincos_1d, take,
                     train_classifier, unpatchify, use_checkpointing)
 
@@ -374,7 +375,8 @@ def open_images(args, labelled):
     if bands and not 0 <= min(bands) <= max(bands) < args.channels:
         raise UserError(f"--bands {args.bands} has a band that is not among the {args.channels} channels, 0 to "
                         f"{args.channels - 1} (--channels)")
-    return data.open_sources(args.data, args.channels, labelled, dates=args.dates, scenes=bool(bands))
+    return data.open_sources(args.data, args.channels, labelled, dates=args.dates, scenes=bool(bands),
+                             tested=args.init if labelled and args.eval_only else None)
 
 
 def new_model(args):
@@ -408,7 +410,7 @@ def pretrain(args):
     """The task `pretrain` (Table 8); at its end a picture, and where the images have labels a probe of the features."""
     device = join_processes(args)
     train_source, val_source, classes = open_images(args, labelled=False)  # labels where there are some
-    data.settle(args, train_source)  # fills in args.steps, args.mean and args.std
+    data.settle(args, train_source, val_source, classes)  # fills in args.steps, args.mean and args.std
     samples = data.Samples(train_source, data.crop_and_flip(args.image_size, scale=(0.2, 1.0)), args.seed)
     view = data.CentreCrop(args.image_size)
     train, val = (data.Samples(x, view, replace_unreadable=False) for x in (train_source, val_source or train_source))
@@ -430,14 +432,14 @@ def pretrain(args):
             group["lr"] = lr
 
         # Every process draws the masks of the whole batch and uses its own rows: the number of GPUs changes nothing.
-        generator.manual_seed(mix_seed(args.seed, step))
+        generator.manual_seed(derive_seed(args.seed, MASK_SEED, step))
         visible, hidden = draw_masks(args, args.batch_size, generator, device)
         for part in range(args.accumulate):
             rows = data.rows_of_process(args, part)
             images, _, *stamps = next(batches)  # (B, C, H, W), labels; of dates (B, C, dates, H, W) and (B, dates, 3)
             with no_sync(net, last=part == args.accumulate - 1):  # DDP averages gradients after the last micro-batch
                 with autocast:
-                    loss, _ = net(images, visible[rows], hidden[rows], *stamps)
+                    loss = net(images, visible[rows], hidden[rows], *stamps)[0]  # the prediction is not kept
                 scaler.scale(loss / args.accumulate).backward()
             run.losses.append(loss.detach())
         if args.clip_grad:
@@ -506,7 +508,7 @@ def classify(args):
     """The tasks `finetune` (Section 4, Table 9) and `linprobe` (Table 10: the encoder is frozen)."""
     device = join_processes(args)
     train_source, val_source, classes = open_images(args, labelled=True)
-    data.settle(args, train_source)
+    data.settle(args, train_source, val_source, classes)
     if args.task == "linprobe" and args.batch_size // args.accumulate < 2 * args.processes:
         raise UserError("BatchNorm needs at least 2 images in a micro-batch: raise --batch-size")
     val = data.Samples(val_source, data.CentreCrop(args.image_size), replace_unreadable=False)
@@ -531,7 +533,7 @@ def classify(args):
     else:
         samples = data.Samples(train_source, augmentation, args.seed)
         train_classifier(args, model, optimizer, schedule, lambda first: data.training_loader(
-            samples, args, device, first), test, mix)
+            samples, args, device, first), test, classes, mix)
     data.report_unreadable(args, train_source, val_source)
 
 
@@ -548,7 +550,7 @@ def save_picture(model, samples, args, device):
     groups = groups_of(args.bands) or [range(args.channels)] * args.dates
     chosen = data.evenly(len(samples.source), max(1, 4 // len(groups)))
     images, _, *stamps = data.examples(samples, chosen, args, device)
-    generator = torch.Generator(device).manual_seed(mix_seed(args.seed))
+    generator = torch.Generator(device).manual_seed(derive_seed(args.seed, PICTURE_SEED))
     visible, hidden = draw_masks(args, len(images), generator, device)
     with torch.no_grad():
         _, pred = model.eval()(images, visible, hidden, *stamps)

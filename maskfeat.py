@@ -30,9 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.functional import pil_to_tensor
 
 import data
-from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, WATCH, Run, UserError, ViT,
-                    accuracy, cosine, flag, grid_of, height_x_width, initialise, join_processes, load_model,
-                    load_strictly, mix_seed, no_sync, parameter_groups, parse_command_line, patchify, precision_of, put,
+from common import (AUGMENTATION, CHANNELS, CLASSIFICATION, INPUT, MASK_SEED, PICTURE_SEED, SIZES, TRAINING, WATCH, Run,
+                    UserError, ViT, accuracy, cosine, derive_seed, flag, grid_of, height_x_width, initialise, join_processes, load_model,
+                    load_strictly, no_sync, parameter_groups, parse_command_line, patchify, precision_of, put,
                     read_weights, run_main, save_pictures, share, take, train_classifier, unpatchify,
                     use_checkpointing)
 
@@ -266,7 +266,7 @@ def pretrain(args):
     device = join_processes(args)
     train_source, val_source, classes = data.open_sources(args.data, args.channels, labelled=False, frames=args.frames,
                                                           stride=args.stride)
-    data.settle(args, train_source)  # fills in args.steps, args.mean and args.std
+    data.settle(args, train_source, val_source, classes)  # fills in args.steps, args.mean and args.std
     augmentation = data.crop_and_flip(args.image_size, scale=(0.5, 1.0), flip=args.flip)
     samples = data.Samples(train_source, augmentation, args.seed)
     view = data.CentreCrop(args.image_size)
@@ -291,7 +291,7 @@ def pretrain(args):
         # Every process draws the masks of the whole batch and uses its own rows: the number of GPUs changes nothing.
         # Those of 8 steps together, since the hundreds of small operations take a GPU as long for one step.
         if step % 8 == 0 or step == run.step:
-            generator.manual_seed(mix_seed(args.seed, step // 8))
+            generator.manual_seed(derive_seed(args.seed, MASK_SEED, step // 8))
             _, ahead = MASKS[args.masking](8 * args.batch_size, model.grid, args.mask_ratio, generator, device)
         hidden = ahead.unflatten(0, (8, -1))[step % 8]
         for part in range(args.accumulate):
@@ -299,7 +299,7 @@ def pretrain(args):
             pixels, _ = next(batches)  # (B, C, H, W), or (B, views, segments, C, T, H, W), of which there is one clip
             with no_sync(net, last=part == args.accumulate - 1):  # DDP averages gradients after the last micro-batch
                 with autocast:
-                    loss, _ = net(data.one_clip(pixels), hidden[rows])
+                    loss = net(data.one_clip(pixels), hidden[rows])[0]  # the prediction is not kept
                 scaler.scale(loss / args.accumulate).backward()
             run.losses.append(loss.detach())
         if args.clip_grad:
@@ -363,8 +363,9 @@ def new_classifier(args, classes):
 def finetune(args):
     """Classification of images or videos with the whole encoder (mean of the patch tokens, then a linear layer)."""
     device = join_processes(args)
-    train_source, val_source, classes = data.open_sources(args.data, args.channels, True, args.frames, args.stride)
-    data.settle(args, train_source)
+    train_source, val_source, classes = data.open_sources(args.data, args.channels, True, args.frames, args.stride,
+                                                          tested=args.init if args.eval_only else None)
+    data.settle(args, train_source, val_source, classes)
     flip = args.flip and not (args.data is None and args.frames > 1)
     samples = data.Samples(train_source, data.strong_augmentation(args, flip), args.seed)
     val = data.Samples(val_source, data.CentreCrop(args.image_size), replace_unreadable=False)
@@ -383,7 +384,7 @@ def finetune(args):
     else:
         optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.layer_decay), fused=True)
         train_classifier(args, model, optimizer, schedule, lambda first: data.training_loader(
-            samples, args, device, first), test, data.mix_up_and_cut_mix(args, len(classes)))
+            samples, args, device, first), test, classes, data.mix_up_and_cut_mix(args, len(classes)))
     data.report_unreadable(args, train_source, val_source)
 
 
@@ -398,7 +399,7 @@ def save_picture(model, samples, args, device):
     """
     pixels, _ = data.examples(samples, data.evenly(len(samples.source), 4 if args.frames == 1 else 1), args, device)
     pixels = data.one_clip(pixels)
-    generator = torch.Generator(device).manual_seed(mix_seed(args.seed))
+    generator = torch.Generator(device).manual_seed(derive_seed(args.seed, PICTURE_SEED))
     _, hidden = MASKS[args.masking](len(pixels), model.grid, args.mask_ratio, generator, device)
     with torch.no_grad():
         _, pred = model.eval()(pixels, hidden)

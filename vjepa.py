@@ -37,9 +37,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import data
-from common import (CHANNELS, CLASSIFICATION, INPUT, SIZES, TRAINING, WATCH, Block, Run, UserError, ViT, accuracy,
-                    compile_blocks, cosine, count, flag, height_x_width, initialise, join_processes, load_model,
-                    load_strictly, mix_seed, no_sync, number, parameter_groups, parse_command_line, precision_of,
+from common import (BLOCK_SEED, CHANNELS, CLASSIFICATION, INPUT, MASK_SEED, SIZES, TRAINING, WATCH, Block, Run, UserError,
+                    ViT, accuracy, compile_blocks, cosine, count, derive_seed, flag, height_x_width, initialise, join_processes, load_model,
+                    load_strictly, no_sync, number, parameter_groups, parse_command_line, precision_of,
                     read_weights, run_main, save_pictures, share, sincos, take, train_classifier, use_checkpointing)
 
 # flag(the paper's value for ViT-L, meaning, kind, value in the demo on the built-in clips)
@@ -183,12 +183,12 @@ def draw_masks(args, grid, step, rows, device):
     context_times = max(1, args.context_frames // args.tubelet) if args.context_frames else None
     visible, hidden = [], []
     for kind, (blocks, scale) in enumerate(MASKS[args.masking]):
-        generator = torch.Generator().manual_seed(mix_seed(args.seed, step, kind, group))
+        generator = torch.Generator().manual_seed(derive_seed(args.seed, MASK_SEED, step, kind, group))
         scale = scale or args.mask_ratio
         if args.masking == "tube":
             pair = tube_mask(size, grid, scale, generator, "cpu", context_times)
         else:
-            of_step = torch.Generator().manual_seed(mix_seed(args.seed, step, kind))
+            of_step = torch.Generator().manual_seed(derive_seed(args.seed, BLOCK_SEED, step, kind))
             block = block_size(grid, scale, of_step)
             pair = multiblock_mask(size, grid, blocks, block, generator, "cpu", context_times)
         for lists, ids in zip((visible, hidden), pair):
@@ -302,7 +302,9 @@ def new_model(args):
 
 def open_clips(args, labelled):
     """Sources of clips, or with --still of images, as in `data.open_sources`."""
-    return data.open_sources(args.data, args.channels, labelled, 1 if args.still else args.frames, args.stride)
+    tested = (args.classifier or args.init) if labelled and args.eval_only else None
+    return data.open_sources(args.data, args.channels, labelled, 1 if args.still else args.frames, args.stride,
+                             tested=tested)
 
 
 def in_time(transform, args):
@@ -320,7 +322,7 @@ def pretrain(args):
     """The task `pretrain`; at its end a picture, and where there are labels a probe of the features."""
     device = join_processes(args)
     train_source, val_source, classes = open_clips(args, labelled=False)
-    data.settle(args, train_source)  # fills in args.steps, args.mean and args.std
+    data.settle(args, train_source, val_source, classes)  # fills in args.steps, args.mean and args.std
     augmentation = data.crop_and_flip(args.image_size, scale=(0.3, 1.0), flip=args.flip, ratio=(0.75, 1.35),
                                       interpolation=data.BILINEAR)
     samples = data.Samples(train_source, in_time(augmentation, args), args.seed)
@@ -369,11 +371,11 @@ def pretrain(args):
         if not args.benchmark and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
             features = features_of(model.target_encoder)
             found = data.watch(features, train, val, args, device, bool(classes))
-            collapsed = found and (found["spread"] < 0.1 or found["rank"] < 2)  # a healthy spread is 0.2 and more
-            if collapsed and args.rank == 0:
+            # Neither number depends on the scale of the features; untrained encoders have a spread of about 0.5.
+            if found and (found["spread"] < 0.15 or found["rank"] < 2) and args.rank == 0:
+                advice = ", raise --momentum or --batch-size" if args.target == "latent" else " or raise --batch-size"
                 tqdm.write("warning: the features collapse (spread {spread:.3f}, effective rank {rank:.1f}): all clips "
-                           "look alike to the encoder. Lower --base-lr, raise --momentum or --batch-size."
-                           .format(**found), sys.stderr)
+                           "have nearly the same. Lower --base-lr".format(**found) + advice, sys.stderr)
         run.step_done(lr, found, momentum=momentum)  # logs, saves
     run.close()
 
@@ -464,7 +466,7 @@ def classify(args):
         raise UserError("--classifier is for --eval-only")
     device = join_processes(args)
     train_source, val_source, classes = open_clips(args, labelled=True)
-    data.settle(args, train_source)
+    data.settle(args, train_source, val_source, classes)
     train_source.segments = args.segments if args.segments > 1 else None  # a single one begins at a random time
     val_source.segments = args.segments
     flip = args.flip and not (args.data is None and not args.still)
@@ -486,7 +488,7 @@ def classify(args):
     else:
         groups = parameter_groups(model, args.weight_decay, args.layer_decay if args.task == "finetune" else 1.0)
         train_classifier(args, model, torch.optim.AdamW(groups, fused=True), schedule,
-                         lambda first: data.training_loader(samples, args, device, first), test)
+                         lambda first: data.training_loader(samples, args, device, first), test, classes)
     data.report_unreadable(args, train_source, val_source)
 
 
