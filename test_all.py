@@ -46,14 +46,64 @@ def tiny_mae(**changes):
     return mae.MAE(**{**TINY, **changes})
 
 
-def random_places(batch, grid=(4, 4), ratio=0.75):
-    """(visible, hidden), at random."""
+def tiny_satmae(**changes):
+    torch.manual_seed(0)
+    return mae.SatMAE("nano", 32, 8, 5 if "bands" in changes else 3, decoder_dim=48, decoder_depth=1, decoder_heads=2,
+                      **changes)
+
+
+def tiny_maskfeat(**changes):
+    torch.manual_seed(0)
+    return maskfeat.MaskFeat(**{**dict(size="nano", image_size=32, patch_size=8), **changes})
+
+
+def tiny_vjepa(**changes):
+    torch.manual_seed(0)
+    tiny = dict(size="nano", image_size=32, patch_size=8, frames=4, predictor_dim=32, predictor_depth=2)
+    return vjepa.VJEPA(**{**tiny, **changes})
+
+
+def random_masks(batch, grid=(4, 4), ratio=0.75):
+    """Indices (visible, masked), at random and in random order."""
     return mae.random_mask(batch, grid, ratio, None, "cpu")
 
 
-def marked(hidden, length):
-    """Hidden places (B, M) -> (B, length), 1 = hidden."""
-    return torch.zeros(len(hidden), length).scatter(1, hidden, 1.0)
+def mask_args(**changes):
+    args = dict(masking="multiblock", mask_ratio=0.5, context_frames=None, mask_group=4, batch_size=4, seed=0,
+                tubelet=2)
+    return _args(**{**args, **changes})
+
+
+def tiny_masks(batch=4, grid=(2, 4, 4), step=0):
+    """V-JEPA's: a list of visible and one of masked indices, an entry for each of the two kinds."""
+    return vjepa.draw_masks(mask_args(batch_size=batch, mask_group=batch), grid, step, slice(0, batch), "cpu")
+
+
+def mask_of(masked, length):
+    """Indices (B, M) -> mask (B, length), 1 = masked."""
+    return torch.zeros(len(masked), length).scatter(1, masked, 1.0)
+
+
+GROUPS = ((0, 3), (2,), (1, 4))
+CASES = {  # name: (model, shape of its pixels, slice of each channel: groups of bands have tokens of their own)
+    "mae": (tiny_mae, (3, 32, 32), [0]),
+    "mae with mask tokens": (functools.partial(tiny_mae, encode_mask_tokens=True), (3, 32, 32), [0]),
+    "satmae": (functools.partial(tiny_satmae, bands=GROUPS), (5, 32, 32), [0, 2, 1, 0, 2]),
+    "maskfeat": (tiny_maskfeat, (3, 32, 32), [0]),
+    "maskfeat of clips": (functools.partial(tiny_maskfeat, frames=4, tubelet=2), (3, 4, 32, 32), [0]),
+    "vjepa": (tiny_vjepa, (3, 4, 32, 32), [0]),
+}
+
+
+def case(name, batch=4):
+    """A tiny model, a batch for it, and the indices (for V-JEPA, lists of them): (model, pixels, visible, masked)."""
+    make, shape, slices = CASES[name]
+    masks = tiny_masks(batch) if name == "vjepa" else random_masks(batch, (max(slices) + 1 + len(shape) % 3, 4, 4))
+    return make(), torch.randn(batch, *shape), *masks
+
+
+def forward(model, pixels, visible, masked):
+    return model(pixels, masked) if isinstance(model, maskfeat.MaskFeat) else model(pixels, visible, masked)
 
 
 def inputs_of(module, run):
@@ -196,6 +246,175 @@ def test_drop_path_skips_whole_samples_and_only_in_training():
     assert not (block.eval()(x) == x).flatten(1).all(1).any()
 
 
+# ------------------------------------------------------------------------------- the forward passes, in plain functions
+# Of a state dict w with the published names; nothing of the modules under test is used.
+
+
+def layer(w, name, x):
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def norm(w, name, x, eps=1e-6):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def attention(q, k, v, heads):
+    """q (B, N, D), k and v (B, M, D) -> (B, N, D), a head at a time."""
+    outputs = []
+    for query, key, value in zip(*(x.chunk(heads, dim=2) for x in (q, k, v))):
+        weights = (query @ key.transpose(1, 2) / math.sqrt(query.shape[2])).softmax(dim=2)
+        outputs.append(weights @ value)
+    return torch.cat(outputs, dim=2)
+
+
+def plain_blocks(w, name, x, heads):
+    depth = len([key for key in w if re.fullmatch(rf"{name}\.\d+\.norm1\.weight", key)])
+    for block in (f"{name}.{i}" for i in range(depth)):
+        q, k, v = layer(w, f"{block}.attn.qkv", norm(w, f"{block}.norm1", x)).chunk(3, dim=2)
+        x = x + layer(w, f"{block}.attn.proj", attention(q, k, v, heads))
+        x = x + layer(w, f"{block}.mlp.fc2", F.gelu(layer(w, f"{block}.mlp.fc1", norm(w, f"{block}.norm2", x))))
+    return x
+
+
+def rows_of(x, indices):
+    """x (1 or B, L, D) at the indices (B, N) -> (B, N, D)."""
+    return torch.stack([row[i] for row, i in zip(x.expand(len(indices), -1, -1), indices)])
+
+
+def plain_encoder(w, pixels, visible=None, masked=None, mask_token="mask_token", heads=4):
+    """All encoded tokens, of the visible patches alone, or with a mask token at the masked ones: (B, [1 +] N, D)."""
+    kernel = w["patch_embed.proj.weight"]
+    convolution = F.conv3d if kernel.ndim == 5 else F.conv2d
+    x = convolution(pixels, kernel, w["patch_embed.proj.bias"], stride=kernel.shape[2:]).flatten(2).transpose(1, 2)
+    for b, indices in enumerate([] if masked is None else masked):
+        x[b, indices] = w[mask_token][0]
+    x = x + w["pos_embed"][:, -x.shape[1]:]
+    x = x if visible is None else rows_of(x, visible)
+    if "cls_token" in w:
+        x = torch.cat([(w["cls_token"] + w["pos_embed"][:, :1]).expand(len(x), -1, -1), x], dim=1)
+    x = plain_blocks(w, "blocks", x, heads)
+    return norm(w, "norm", x) if "norm.weight" in w else x
+
+
+def plain_decoder(w, latent, visible, heads=2):
+    """MAE's: encoded tokens, the class token first (B, 1 + N, D) -> the pixels of all patches (B, L, P*P*C)."""
+    latent = layer(w, "decoder_embed", latent)
+    x = w["mask_token"].repeat(len(latent), w["decoder_pos_embed"].shape[1] - 1, 1)
+    for b, indices in enumerate(visible):
+        x[b, indices] = latent[b, 1:]
+    x = torch.cat([latent[:, :1], x], dim=1) + w["decoder_pos_embed"]
+    x = norm(w, "decoder_norm", plain_blocks(w, "decoder_blocks", x, heads))
+    return layer(w, "decoder_pred", x[:, 1:])
+
+
+def plain_predictor(w, context, visible, masked, kind, heads=4):
+    """V-JEPA's: encoded context (B, N, D) -> the features at the masked indices (B, M, D)."""
+    positions = w["predictor_pos_embed"]
+    context = layer(w, "predictor_embed", context) + rows_of(positions, visible)
+    x = torch.cat([context, w[f"mask_tokens.{kind}"] + rows_of(positions, masked)], dim=1)
+    x = norm(w, "predictor_norm", plain_blocks(w, "predictor_blocks", x, heads))
+    return layer(w, "predictor_proj", x[:, context.shape[1]:])
+
+
+def plain_probe(w, x, heads=4):
+    """The attentive probe: all tokens (B, N, D) -> logits (B, classes)."""
+    block = "pooler.cross_attention_block"
+    query = w["pooler.query_tokens"].expand(len(x), -1, -1)
+    k, v = layer(w, f"{block}.xattn.kv", norm(w, f"{block}.norm1", x, 1e-5)).chunk(2, dim=2)
+    query = query + attention(layer(w, f"{block}.xattn.q", query), k, v, heads)
+    between = F.gelu(layer(w, f"{block}.mlp.fc1", norm(w, f"{block}.norm2", query, 1e-5)))
+    return layer(w, "linear", (query + layer(w, f"{block}.mlp.fc2", between))[:, 0])
+
+
+def part_of(weights, prefix):
+    """Of the weights whose names begin so, the rest of the name."""
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def noisy(model):
+    """The model in float64, where the eps of a norm counts, with other numbers in every weight, tables too."""
+    for parameter in model.double().parameters():
+        parameter.data = 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "satmae"])
+def test_forward_passes_equal_the_plain_ones(name):
+    model, pixels, visible, masked = case(name)
+    model, pixels = noisy(model), pixels.double()
+    w = model.state_dict()
+    if name == "vjepa":
+        predictions = []
+        model.predictor.register_forward_hook(lambda *hook: predictions.append(hook[-1]))
+        forward(model, pixels, visible, masked)
+        for kind in (0, 1):
+            context = plain_encoder(part_of(w, "encoder."), pixels, visible[kind])
+            expected = plain_predictor(part_of(w, "predictor."), context, visible[kind], masked[kind], kind)
+            assert torch.allclose(predictions[kind], expected, rtol=0, atol=1e-9)
+        return
+    if name == "mae":
+        expected = plain_decoder(w, plain_encoder(w, pixels, visible), visible)
+    elif name == "mae with mask tokens":
+        latent = plain_encoder(w, pixels, masked=masked, mask_token="encoder_mask_token")
+        expected = plain_decoder(w, latent, torch.arange(16).expand(4, -1))
+    else:
+        latent = rows_of(plain_encoder(w, pixels, masked=masked)[:, 1:], masked)
+        expected = layer(w, "pred_head.1", norm(w, "pred_head.0", latent))
+    assert torch.allclose(forward(model, pixels, visible, masked)[1], expected, rtol=0, atol=1e-9)
+
+
+def test_the_attentive_probe_equals_the_plain_one():
+    probe, x = noisy(vjepa.AttentiveClassifier(128, 4, 3)), torch.randn(2, 7, 128).double()
+    assert torch.allclose(probe(x), plain_probe(probe.state_dict(), x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("pool", ["class", "mean"])
+def test_classifiers_pool_the_tokens(pool):
+    vit, images = noisy(common.ViT("nano", 32, 8, pool=pool, num_classes=7)), torch.randn(2, 3, 32, 32).double()
+    w = vit.state_dict()
+    x = plain_encoder(w, images)
+    x = norm(w, "fc_norm", x[:, 1:].mean(1)) if pool == "mean" else x[:, 0]
+    assert torch.allclose(vit(images), layer(w, "head", x), rtol=0, atol=1e-9)
+
+
+def encoded(model, pixels, visible, masked):
+    """What the encoder hands on, for each mask: the input of the first layer after it."""
+    after, = (module for name, module in model.named_modules()
+              if name.endswith(("decoder_embed", "pred_head", "predictor_embed")))
+    return [tokens for tokens, in inputs_of(after, lambda: forward(model, pixels, visible, masked))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_encoder_never_sees_a_masked_patch(name):
+    model, pixels, visible, masked = case(name)
+    slices, grid = CASES[name][2], (2, 4, 4) if pixels.ndim == 5 else (4, 4)
+    before = encoded(model, pixels, visible, masked)
+    for i, indices in enumerate(masked if name == "vjepa" else [masked]):
+        mask = mask_of(indices, (max(slices) + 1) * math.prod(grid)).view(4, -1, *grid)
+        mask = F.interpolate(mask, pixels.shape[2:])[:, slices]  # of pixels
+        after = encoded(model, pixels + 100 * mask * torch.randn_like(pixels), visible, masked)
+        assert torch.equal(before[i], after[i])
+        assert not torch.allclose(before[i], encoded(model, pixels + (1 - mask), visible, masked)[i])
+        lengths = {"mae": 1 + 4, "mae with mask tokens": 1 + 16, "satmae": 1 + 12, "maskfeat": 12,
+                   "maskfeat of clips": 24, "vjepa": visible[i].shape[-1]}
+        assert before[i].shape == (4, lengths[name], 128)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_reaches_every_parameter_that_is_trained(name):
+    model, pixels, visible, masked = case(name)
+    loss = forward(model, pixels, visible, masked)
+    (loss if name == "vjepa" else loss[0]).backward()
+    tables = () if name.startswith("maskfeat") else ("pos_embed", "channel_embed")  # MaskFeat learns its positions
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.startswith("target_encoder") or parameter_name.endswith(tables):
+            assert not parameter.requires_grad and parameter.grad is None
+        else:
+            unused = (name, parameter_name) == ("mae with mask tokens", "mask_token")  # none is left for the decoder
+            assert parameter.grad is not None and parameter.grad.any() != unused, parameter_name
+
+
 # ---------------------------------------------------------------------------------------------------- masking and loss
 
 
@@ -212,36 +431,36 @@ def test_tokens_are_taken_and_put_back():
 @pytest.mark.parametrize("masking", ["random", "block", "grid"])
 @pytest.mark.parametrize("ratio, kept", [(0.75, 49), (0.5, 98), (0.4, 117)])
 def test_masks_have_the_asked_number(masking, ratio, kept):
-    visible, hidden = mae.MASKS[masking](64, (14, 14), ratio, torch.Generator().manual_seed(0), "cpu")
+    visible, masked = mae.MASKS[masking](64, (14, 14), ratio, torch.Generator().manual_seed(0), "cpu")
     assert visible.shape == (64, kept) and visible.dtype == torch.int64
-    assert torch.equal(torch.cat([visible, hidden], dim=1).sort(dim=1).values, torch.arange(196).expand(64, -1))
+    assert torch.equal(torch.cat([visible, masked], dim=1).sort(dim=1).values, torch.arange(196).expand(64, -1))
     if masking == "grid":  # a regular pattern
         keeps = torch.zeros(64, 196).scatter(1, visible, 1).view(64, 7, 2, 7, 2).sum((2, 4))
         assert ratio == 0.4 or torch.equal(keeps, torch.full_like(keeps, {0.75: 1, 0.5: 2}[ratio]))
     else:  # each sample has its own
         assert len({tuple(sorted(row)) for row in visible.tolist()}) == 64
     again = mae.MASKS[masking](64, (14, 14), ratio, torch.Generator().manual_seed(0), "cpu")
-    assert torch.equal(visible, again[0]) and torch.equal(hidden, again[1])
+    assert torch.equal(visible, again[0]) and torch.equal(masked, again[1])
 
 
 def test_the_patches_with_the_least_noise_are_visible():
-    visible, hidden = mae.split(torch.tensor([[0.3, 0.1, 0.9, 0.2]]), 0.5)
-    assert visible.tolist() == [[1, 3]] and hidden.tolist() == [[0, 2]]
+    visible, masked = mae.split(torch.tensor([[0.3, 0.1, 0.9, 0.2]]), 0.5)
+    assert visible.tolist() == [[1, 3]] and masked.tolist() == [[0, 2]]
 
 
 def test_block_masks_are_blocks():
     def edges(masking):
-        _, hidden = mae.MASKS[masking](64, (14, 14), 0.5, torch.Generator().manual_seed(0), "cpu")
-        return sum(marked(hidden, 196).view(64, 14, 14).diff(dim=d).abs().sum() for d in (1, 2)).item()
+        _, masked = mae.MASKS[masking](64, (14, 14), 0.5, torch.Generator().manual_seed(0), "cpu")
+        return sum(mask_of(masked, 196).view(64, 14, 14).diff(dim=d).abs().sum() for d in (1, 2)).item()
     assert edges("block") < 0.5 * edges("random")
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_loss_equals_the_obvious_computation_and_ignores_visible_patches(norm_pix_loss):
     model, images = tiny_mae(norm_pix_loss=norm_pix_loss), torch.randn(3, 3, 32, 32)
-    visible, hidden = random_places(3)
-    loss, pred = model(images, visible, hidden)
-    mask = marked(hidden, 16)
+    visible, masked = random_masks(3)
+    loss, pred = model(images, visible, masked)
+    mask = mask_of(masked, 16)
     assert mask.sum(1).tolist() == [12] * 3
     errors = []
     for b in range(3):
@@ -257,47 +476,6 @@ def test_loss_equals_the_obvious_computation_and_ignores_visible_patches(norm_pi
     assert torch.autograd.grad(loss, pred)[0].mul(1 - mask[..., None]).abs().max() == 0 and visible.abs().max() > 0
 
 
-def test_encoder_never_sees_a_hidden_patch():
-    model, images, (visible, hidden) = tiny_mae().eval(), torch.randn(4, 3, 32, 32), random_places(4)
-
-    def latent(images):
-        return inputs_of(model.decoder_embed, lambda: model(images, visible, hidden))[0][0]
-    pixels = marked(hidden, 16).view(4, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    assert latent(images).shape == (4, 1 + 4, 128)
-    assert torch.equal(latent(images), latent(images + 100 * pixels * torch.randn_like(images)))
-    assert not torch.allclose(latent(images), latent(images + (1 - pixels)))
-
-
-def test_predictions_do_not_depend_on_the_order_of_places():
-    model, images, (visible, hidden) = tiny_mae().eval(), torch.randn(4, 3, 32, 32), random_places(4)
-    (loss, pred), (loss2, pred2) = model(images, visible, hidden), model(images, visible.flip(1), hidden.flip(1))
-    assert torch.allclose(pred, pred2, atol=1e-5) and loss.item() == pytest.approx(loss2.item(), abs=1e-6)
-
-
-def test_an_encoder_that_sees_mask_tokens():
-    """The option of Table 1c: as many tokens as patches, nothing of the hidden ones, gradient everywhere."""
-    model, images, (visible, hidden) = tiny_mae(encode_mask_tokens=True), torch.randn(2, 3, 32, 32), random_places(2)
-    model(images, visible, hidden)[0].backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    pixels = common.unpatchify(marked(hidden, 16)[..., None].expand(-1, -1, 3 * 64), 8, (4, 4))
-
-    def latent(images):
-        return inputs_of(model.decoder_embed, lambda: model(images, visible, hidden))[0][0]
-    assert latent(images).shape == (2, 17, 128)
-    assert torch.equal(latent(images), latent(images + 5 * pixels))
-    assert not torch.equal(latent(images), latent(images + 5 * (1 - pixels)))
-
-
-def test_gradient_reaches_every_parameter():
-    model = tiny_mae()
-    model(torch.randn(2, 3, 32, 32), *random_places(2))[0].backward()
-    for name, parameter in model.named_parameters():
-        if name in ("pos_embed", "decoder_pos_embed"):
-            assert not parameter.requires_grad
-        else:
-            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-
-
 def test_initialisation():
     model = mae.MAE("base")
     bound = math.sqrt(6 / (768 + 3 * 256))  # xavier-uniform of the flattened patch projection
@@ -308,7 +486,7 @@ def test_initialisation():
 
 def test_images_of_any_shape_and_channels():
     model = tiny_mae(image_size=(32, 48), channels=5)
-    loss, pred = model(torch.randn(2, 5, 32, 48), *random_places(2, (4, 6)))
+    loss, pred = model(torch.randn(2, 5, 32, 48), *random_masks(2, (4, 6)))
     assert pred.shape == (2, 24, 320) and torch.isfinite(loss)
 
 
@@ -670,15 +848,6 @@ def test_a_file_that_does_not_fit_is_named_in_one_sentence(change, message, tmp_
 
 # -------------------------------------------------------------------------------------------------------------- SatMAE
 
-GROUPS = ((0, 3), (2,), (1, 4))
-
-
-def tiny_satmae(**changes):
-    torch.manual_seed(0)
-    return mae.SatMAE("nano", 32, 8, 5 if "bands" in changes else 3, decoder_dim=48, decoder_depth=1, decoder_heads=2,
-                      **changes)
-
-
 def series(batch=2):
     generator = torch.Generator().manual_seed(0)
     stamps = torch.tensor([[[3.0, 4, 10], [3, 5, 11], [9, 0, 23]]]).expand(batch, -1, -1)
@@ -689,14 +858,14 @@ def series(batch=2):
 def test_satmae_loss_equals_the_obvious_computation(norm_pix_loss):
     """In the published order of predictions: the k-th predicted band, in the order of the groups, is band k."""
     model, images = tiny_satmae(bands=GROUPS, norm_pix_loss=norm_pix_loss), torch.randn(2, 5, 32, 32)
-    visible, hidden = random_places(2, (3, 4, 4))
-    loss, pred = model(images, visible, hidden)
+    visible, masked = random_masks(2, (3, 4, 4))
+    loss, pred = model(images, visible, masked)
     embedded = model.embed(images)
     latent = model.decoder_embed(model.encode(torch.stack([embedded[b, visible[b]] for b in range(2)])))
     x = model.mask_token.repeat(2, 48, 1)
     for b in range(2):
         x[b, visible[b]] = latent[b, 1:]
-    mask = marked(hidden, 48)
+    mask = mask_of(masked, 48)
     x = torch.cat([latent[:, :1], x], dim=1) + model.decoder_positions(None)
     x = model.decoder_norm(model.decoder_blocks[0](x))[:, 1:].view(2, 3, 16, 48)
     outputs = [model.decoder_pred[g](x[:, g]).view(2, 16, -1, 64) for g in range(3)]
@@ -723,31 +892,15 @@ def test_satmae_masks_and_gradients(changes, consistent):
     inputs = series() if "dates" in changes else (torch.randn(2, 5, 32, 32),)
     for masking in ("random", "block", "grid"):
         generator = torch.Generator().manual_seed(0)
-        visible, hidden = mae.masks_of_slices(masking, 3, consistent, 2, grid, 0.75, generator, "cpu")
+        visible, masked = mae.masks_of_slices(masking, 3, consistent, 2, grid, 0.75, generator, "cpu")
         assert visible.shape == (2, 12)
-        both = torch.cat([visible, hidden], dim=1).sort(dim=1).values
+        both = torch.cat([visible, masked], dim=1).sort(dim=1).values
         assert torch.equal(both, torch.arange(48).expand(2, -1))
-        slices = marked(hidden, 48).view(2, 3, 16)
+        slices = mask_of(masked, 48).view(2, 3, 16)
         assert (consistent or masking == "grid") == torch.equal(slices[:, 0], slices[:, 1])  # a grid is always the same
-    loss, _ = model(inputs[0], visible, hidden, *inputs[1:])
+    loss, _ = model(inputs[0], visible, masked, *inputs[1:])
     loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-def test_satmae_encoder_never_sees_a_hidden_token():
-    model, images, (visible, hidden) = tiny_satmae(bands=GROUPS), torch.randn(1, 5, 32, 32), random_places(1, (3, 4, 4))
-    mask = marked(hidden, 48)
-
-    def latent(images):
-        return inputs_of(model.decoder_embed, lambda: model(images, visible, hidden))[0][0]
-    assert latent(images).shape == (1, 1 + 12, 128)
-    for g, group in enumerate(GROUPS):
-        pixels = common.unpatchify(mask[:, 16 * g:16 * g + 16, None].expand(-1, -1, 64 * len(group)), 8, (4, 4))
-        changed = images.clone()
-        changed[:, list(group)] += 5 * pixels
-        assert torch.equal(latent(images), latent(changed))
-        changed[:, list(group)] += 5
-        assert not torch.equal(latent(images), latent(changed))
 
 
 def test_positions_end_with_the_code_of_group_or_date():
@@ -901,7 +1054,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(method, tiny, where, reque
             kept[-1] += tensor.nbytes
             return tensor
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            model(torch.randn(8, 3, 32, 32), *random_places(8))
+            model(torch.randn(8, 3, 32, 32), *random_masks(8))
         common.use_checkpointing(model)
     assert kept[1] < 0.5 * kept[0]
 
@@ -1051,12 +1204,12 @@ def test_hog_under_autocast_and_compile_and_its_memory():
 @pytest.mark.parametrize("ratio", [0.2, 0.4, 0.8])
 def test_maskfeat_masks_have_the_asked_number(masking, grid, ratio):
     draw = lambda seed: maskfeat.MASKS[masking](32, grid, ratio, torch.Generator().manual_seed(seed), "cpu")
-    (visible, hidden), L = draw(0), math.prod(grid)
-    assert torch.equal(torch.cat([visible, hidden], dim=1).sort(dim=1).values, torch.arange(L).expand(32, -1))
-    assert hidden.dtype == torch.int64 and abs(hidden.shape[1] - ratio * L) <= 0.5 * (L / 8 if masking == "frame" else
+    (visible, masked), L = draw(0), math.prod(grid)
+    assert torch.equal(torch.cat([visible, masked], dim=1).sort(dim=1).values, torch.arange(L).expand(32, -1))
+    assert masked.dtype == torch.int64 and abs(masked.shape[1] - ratio * L) <= 0.5 * (L / 8 if masking == "frame" else
                                                                                       8 if masking == "tube" else 1)
-    assert torch.equal(hidden, draw(0)[1]) and not torch.equal(hidden, draw(1)[1])
-    mask = marked(hidden, L)
+    assert torch.equal(masked, draw(0)[1]) and not torch.equal(masked, draw(1)[1])
+    mask = mask_of(masked, L)
     assert len({tuple(row) for row in mask.tolist()}) > (1 if masking == "frame" else 30)
     by_time = mask.view(32, -1, 14 * 14)
     if masking == "tube":
@@ -1067,18 +1220,13 @@ def test_maskfeat_masks_have_the_asked_number(masking, grid, ratio):
 
 def test_block_and_cube_masks_have_few_edges():
     def edges(masking, grid):
-        _, hidden = maskfeat.MASKS[masking](64, grid, 0.4, torch.Generator().manual_seed(0), "cpu")
-        mask = marked(hidden, math.prod(grid)).view(64, *grid)
+        _, masked = maskfeat.MASKS[masking](64, grid, 0.4, torch.Generator().manual_seed(0), "cpu")
+        mask = mask_of(masked, math.prod(grid)).view(64, *grid)
         return [mask.diff(dim=d).abs().sum().item() for d in range(1, mask.ndim)]
     for masking, grid in (("block", (14, 14)), ("cube", (8, 14, 14))):
         assert all(few < 0.5 * many for few, many in zip(edges(masking, grid), edges("random", grid)))
     # A cube has sides in space, which frames have not, and in time, which tubes have not.
     assert edges("frame", (8, 14, 14))[1] == 0 == edges("tube", (8, 14, 14))[0] < min(edges("cube", (8, 14, 14)))
-
-
-def tiny_maskfeat(**changes):
-    torch.manual_seed(0)
-    return maskfeat.MaskFeat(**{**dict(size="nano", image_size=32, patch_size=8), **changes})
 
 
 @pytest.mark.parametrize("frames", [1, 4])
@@ -1087,11 +1235,11 @@ def test_maskfeat_loss_equals_the_obvious_computation(frames, target):
     model = tiny_maskfeat(frames=frames, tubelet=2 if frames > 1 else 1, target=target, cell=4)
     pixels = torch.randn(3, 3, frames, 32, 32)
     masking = "cube" if frames > 1 else "block"
-    _, hidden = maskfeat.MASKS[masking](3, model.grid, 0.4, torch.Generator().manual_seed(0), "cpu")
-    loss, pred = model(pixels if frames > 1 else pixels[:, :, 0], hidden)
+    _, masked = maskfeat.MASKS[masking](3, model.grid, 0.4, torch.Generator().manual_seed(0), "cpu")
+    loss, pred = model(pixels if frames > 1 else pixels[:, :, 0], masked)
     errors = []
     for b in range(3):
-        for n, token in enumerate(hidden[b].tolist()):
+        for n, token in enumerate(masked[b].tolist()):
             time, row, column = token // 16, token % 16 // 4, token % 4
             frame = pixels[b, :, 2 * time]  # the first of the tubelet
             if target == "hog":
@@ -1117,25 +1265,6 @@ def test_targets_belong_to_their_own_cell_alone(frames):
         frame[:, 8 * row + 1:8 * row + 7, 8 * column + 1:8 * column + 7] += torch.randn(3, 6, 6)
         differs = (model.targets(changed) != before).any(-1)[0]
         assert differs.nonzero().flatten().tolist() == [token]
-
-
-def test_predictions_do_not_depend_on_what_is_masked():
-    model, images = tiny_maskfeat().eval(), torch.randn(4, 3, 32, 32)
-    _, hidden = maskfeat.block_mask(4, (4, 4), 0.4, torch.Generator().manual_seed(0), "cpu")
-    pixels = marked(hidden, 16).view(4, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    pred = model(images, hidden)[1]
-    assert torch.equal(pred, model(images + 100 * pixels * torch.randn_like(images), hidden)[1])
-    assert not torch.allclose(pred, model(images + (1 - pixels), hidden)[1])
-
-
-@pytest.mark.parametrize("frames", [1, 4])
-def test_gradient_reaches_every_parameter_of_maskfeat(frames):
-    model = tiny_maskfeat(frames=frames, tubelet=2 if frames > 1 else 1)
-    _, hidden = maskfeat.random_mask(2, model.grid, 0.4, None, "cpu")
-    model(torch.randn(2, 3, *([frames] if frames > 1 else []), 32, 32), hidden)[0].backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-    assert {"mask_token", "cls_token", "pos_embed"} < dict(model.named_parameters()).keys()  # positions are learned
 
 
 # ---------------------------------------------------------------------------------------------------------------- clips
@@ -1300,22 +1429,6 @@ def test_logits_of_several_clips_are_averaged():
 # -------------------------------------------------------------------------------------------------------------- V-JEPA
 
 
-def tiny_vjepa(**changes):
-    torch.manual_seed(0)
-    tiny = dict(size="nano", image_size=32, patch_size=8, frames=4, predictor_dim=32, predictor_depth=2)
-    return vjepa.VJEPA(**{**tiny, **changes})
-
-
-def mask_args(**changes):
-    args = dict(masking="multiblock", mask_ratio=0.5, context_frames=None, mask_group=4, batch_size=4, seed=0,
-                tubelet=2)
-    return _args(**{**args, **changes})
-
-
-def tiny_masks(batch=4, grid=(2, 4, 4), step=0):
-    return vjepa.draw_masks(mask_args(batch_size=batch, mask_group=batch), grid, step, slice(0, batch), "cpu")
-
-
 def literal_masks(batch, grid, blocks, scale, seed, context_times):
     """The published rule, a clip and a block at a time, with the random numbers that ours takes."""
     times, rows, columns = grid
@@ -1365,10 +1478,10 @@ def test_vjepa_masks_are_pairs_in_raster_order(masking, context_frames):
     for step in range(20):
         lists = vjepa.draw_masks(args, grid, step, slice(0, 16), "cpu")
         assert len(lists[0]) == len(lists[1]) == (2 if masking == "multiblock" else 1)
-        for visible, hidden in zip(*lists):
-            assert (visible.diff(dim=1) > 0).all() and (hidden.diff(dim=1) > 0).all()
+        for visible, masked in zip(*lists):
+            assert (visible.diff(dim=1) > 0).all() and (masked.diff(dim=1) > 0).all()
             assert visible.shape[1] > 0
-            both = torch.cat([visible, hidden], dim=1)
+            both = torch.cat([visible, masked], dim=1)
             assert all(len(set(row)) == len(row) for row in both.tolist()) and both.max() < 8 * 36
             assert len({tuple(row) for row in visible.tolist()}) > 1  # places are drawn for each clip
             assert (visible < 3 * 36).all() or not context_frames
@@ -1377,68 +1490,40 @@ def test_vjepa_masks_are_pairs_in_raster_order(masking, context_frames):
 def test_vjepa_masks_do_not_depend_on_the_processes():
     args = mask_args(batch_size=16, mask_group=8)
     for groups in (mask_args(batch_size=16, mask_group=8), mask_args(batch_size=16, mask_group=11)):
-        visible, hidden = vjepa.draw_masks(groups, (4, 6, 6), 3, slice(8, 16), "cpu")
+        visible, masked = vjepa.draw_masks(groups, (4, 6, 6), 3, slice(8, 16), "cpu")
         for start in (8, 12):  # two processes share a group
             rows = vjepa.draw_masks(args, (4, 6, 6), 3, slice(start, start + 4), "cpu")
-            for mine, whole in zip(rows[0] + rows[1], visible + hidden):
+            for mine, whole in zip(rows[0] + rows[1], visible + masked):
                 assert torch.equal(mine, whole[start - 8:start - 4])
     heights = {vjepa.draw_masks(mask_args(batch_size=64, mask_group=1, masking="block"), (2, 9, 9), 0, slice(i, i + 1),
                                 "cpu")[1][0].shape[1] for i in range(32)}
     assert len(heights) == 1  # a single block: its size is that of the step, also in other groups
 
 
-def contexts_of(model, clips, visible, hidden):
-    """What the x-encoder makes of the context, for each mask."""
-    return [context for context, *_ in inputs_of(model.predictor, lambda: model(clips, visible, hidden))]
-
-
-def test_context_never_sees_a_target():
-    model, clips = tiny_vjepa(), torch.randn(4, 3, 4, 32, 32)
-    visible, hidden = tiny_masks()
-    before = contexts_of(model, clips, visible, hidden)
-    for kind in (0, 1):
-        is_target = marked(hidden[kind], 32).view(4, 1, 2, 4, 4)
-        pixels = is_target.repeat_interleave(2, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
-        after = contexts_of(model, clips + 100 * pixels * torch.randn_like(clips), visible, hidden)
-        assert torch.equal(before[kind], after[kind]) and before[kind].shape[1] == visible[kind].shape[1]
-        assert not torch.allclose(before[kind], contexts_of(model, clips + (1 - pixels), visible, hidden)[kind])
-
-
 @pytest.mark.parametrize("target", ["latent", "pixels"])
 def test_vjepa_loss_equals_the_obvious_computation(target):
-    model, clips = tiny_vjepa(target=target), torch.randn(3, 3, 4, 32, 32)
-    visible, hidden = tiny_masks(3)
-    for parameter in model.target_encoder.parameters():
-        parameter.data += 0.01  # another network than the x-encoder
-    by_mask = []
+    model, clips = noisy(tiny_vjepa(target=target)), torch.randn(3, 3, 4, 32, 32).double()
+    (visible, masked), w = tiny_masks(3), model.state_dict()
+    features = plain_encoder(part_of(w, "target_encoder."), clips)
+    by_kind = []
     for kind in (0, 1):
+        context = plain_encoder(part_of(w, "encoder."), clips, visible[kind])
+        pred = plain_predictor(part_of(w, "predictor."), context, visible[kind], masked[kind], kind)
         errors = []
         for b in range(3):
-            pred = model.predictor(contexts_of(model, clips, visible, hidden)[kind][b:b + 1], visible[kind][b:b + 1],
-                                   hidden[kind][b:b + 1], kind)[0]
-            for place, value in zip(hidden[kind][b].tolist(), pred):
+            for token, value in zip(masked[kind][b].tolist(), pred[b]):
                 if target == "latent":
-                    wanted = model.target_encoder.tokens(clips[b:b + 1])[0, place]
+                    wanted = features[b, token]
                     errors.append(((wanted - wanted.mean()) / (wanted.var(unbiased=False) + 1e-5).sqrt() - value).abs())
                 else:
-                    time, row, column = place // 16, place % 16 // 4, place % 4
+                    time, row, column = token // 16, token % 16 // 4, token % 4
                     wanted = clips[b, :, 2 * time:2 * time + 2, 8 * row:8 * row + 8, 8 * column:8 * column + 8]
                     wanted = wanted.permute(1, 2, 3, 0).flatten()
                     errors.append(((wanted - wanted.mean()) / (wanted.var() + 1e-6).sqrt() - value) ** 2)
-        by_mask.append(torch.stack(errors).mean())
-    assert torch.allclose(model(clips, visible, hidden), sum(by_mask) / 2, atol=1e-6)
+        by_kind.append(torch.stack(errors).mean())
+    assert model(clips, visible, masked).item() == pytest.approx(sum(by_kind).item() / 2, rel=1e-5)
     targets = model.targets(clips)
     assert targets.mean(-1).abs().max() < 1e-5 and targets.var(-1).sub(1).abs().max() < 0.02
-
-
-def test_gradient_reaches_the_encoder_and_the_predictor_alone():
-    model = tiny_vjepa()
-    model(torch.randn(4, 3, 4, 32, 32), *tiny_masks()).backward()
-    for name, parameter in model.named_parameters():
-        if name.startswith("target_encoder") or name.endswith("pos_embed"):
-            assert not parameter.requires_grad and parameter.grad is None
-        else:
-            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
 def test_target_encoder_is_the_closed_form_of_the_average():
@@ -1450,16 +1535,6 @@ def test_target_encoder_is_the_closed_form_of_the_average():
         model.update_target_encoder(0.9)
     for now, then, x in zip(model.target_encoder.parameters(), start, model.encoder.parameters()):
         assert torch.allclose(now, 0.9 ** 5 * then + (1 - 0.9 ** 5) * x, atol=1e-6)
-
-
-def test_predictions_depend_on_the_place_of_the_target_and_on_the_mask_token():
-    model, context = tiny_vjepa(), torch.randn(1, 5, 128)
-    visible, hidden = torch.arange(5)[None], torch.arange(10, 14)[None]
-    pred = model.predictor(context, visible, hidden, 0)
-    assert torch.allclose(model.predictor(context, visible, hidden.flip(1), 0), pred.flip(1), atol=1e-6)
-    assert not torch.allclose(pred[0, 0], pred[0, 1], atol=1e-3)
-    model.predictor.mask_tokens[1].data.normal_()
-    assert not torch.allclose(model.predictor(context, visible, hidden, 1), pred, atol=1e-3)
 
 
 def test_segments_are_attended_together_and_views_averaged():
@@ -2004,9 +2079,9 @@ def test_steps_on_a_gpu(method, tiny, where, precision, compiled, request, tmp_p
 def test_bf16_on_a_gpu_agrees_with_float32_on_a_cpu(kind):
     torch.manual_seed(0)
     if kind == "mae":
-        model, inputs = tiny_mae(), [torch.randn(8, 3, 32, 32), *random_places(8)]
+        model, inputs = tiny_mae(), [torch.randn(8, 3, 32, 32), *random_masks(8)]
     elif kind == "maskfeat":
-        model, inputs = tiny_maskfeat(), [torch.randn(8, 3, 32, 32), random_places(8)[1]]
+        model, inputs = tiny_maskfeat(), [torch.randn(8, 3, 32, 32), random_masks(8)[1]]
     else:
         model, inputs = tiny_vjepa(), [torch.randn(8, 3, 4, 32, 32), *tiny_masks(8)]
     with torch.no_grad():
@@ -2423,14 +2498,14 @@ def test_the_picture_shows_what_the_prediction_gets_back(normalised, tmp_path, m
     shown = []
     monkeypatch.setattr(mae, "save_pictures", lambda columns, *_: shown.extend(common.patchify(x, 8) for x in columns))
     main(monkeypatch, *flags, "--norm-pix-loss" if normalised else "--no-norm-pix-loss")
-    original, masked, *between, reconstruction = shown  # (B, L, P*P*C) each
-    hidden = (masked == 0).all(dim=2)
-    assert len(between) == normalised and 0.7 < hidden.float().mean() < 0.8
-    assert all(torch.allclose(x[~hidden], original[~hidden], atol=1e-5) for x in (masked, *between, reconstruction))
+    original, seen, *between, reconstruction = shown  # (B, L, P*P*C) each
+    masked = (seen == 0).all(dim=2)
+    assert len(between) == normalised and 0.7 < masked.float().mean() < 0.8
+    assert all(torch.allclose(x[~masked], original[~masked], atol=1e-5) for x in (seen, *between, reconstruction))
     if normalised:
         means = original.mean(dim=2, keepdim=True).expand_as(original)
-        assert torch.allclose(between[0][hidden], means[hidden], atol=1e-5)
-        assert not torch.allclose(between[0][hidden], reconstruction[hidden], atol=1e-3)
+        assert torch.allclose(between[0][masked], means[masked], atol=1e-5)
+        assert not torch.allclose(between[0][masked], reconstruction[masked], atol=1e-3)
 
 
 def readme_commands():
