@@ -219,7 +219,8 @@ def test_positions_are_interpolated_and_the_class_row_is_kept():
     table = F.pad(common.sincos(16, (4, 4)), (0, 0, 1, 0))[None]
     assert common.resize_positions(table, (4, 4), (4, 4)) is table
     larger = common.resize_positions(table, (4, 4), (6, 8))
-    assert larger.shape == (1, 49, 16) and torch.equal(larger[:, 0], table[:, 0])
+    by_hand = F.interpolate(table[:, 1:].view(1, 4, 4, 16).permute(0, 3, 1, 2), size=(6, 8), mode="bicubic")
+    assert torch.allclose(larger[0, 1:], by_hand[0].flatten(1).T) and torch.equal(larger[:, 0], table[:, 0])
     times = torch.linspace(0, 1, 4).repeat_interleave(4)[None, :, None]  # (1, 4 times of 2 x 2, 1)
     assert torch.allclose(common.resize_positions(times, (4, 2, 2), (2, 2, 2))[0, ::4, 0], torch.tensor([1 / 6, 5 / 6]))
 
@@ -244,6 +245,8 @@ def test_drop_path_skips_whole_samples_and_only_in_training():
     unchanged = (block(x) == x).flatten(1).all(1).float().mean()
     assert 0.6 < unchanged < 0.95  # 0.9 squared, since both branches have to be skipped
     assert not (block.eval()(x) == x).flatten(1).all(1).any()
+    rates = [block.drop_path.p for block in common.ViT("nano", 32, 8, drop_path=0.3).blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
 # ------------------------------------------------------------------------------- the forward passes, in plain functions
@@ -448,11 +451,16 @@ def test_the_patches_with_the_least_noise_are_visible():
     assert visible.tolist() == [[1, 3]] and masked.tolist() == [[0, 2]]
 
 
-def test_block_masks_are_blocks():
-    def edges(masking):
-        _, masked = mae.MASKS[masking](64, (14, 14), 0.5, torch.Generator().manual_seed(0), "cpu")
-        return sum(mask_of(masked, 196).view(64, 14, 14).diff(dim=d).abs().sum() for d in (1, 2)).item()
-    assert edges("block") < 0.5 * edges("random")
+@pytest.mark.parametrize("method", [mae, maskfeat])
+def test_block_masks_are_blocks_and_reach_all_edges(method):
+    def draw(masking):
+        _, masked = method.MASKS[masking](1024, (14, 14), 0.4, torch.Generator().manual_seed(0), "cpu")
+        return mask_of(masked, 196).view(1024, 14, 14)
+    blocks, ratio_of = draw("block"), draw("block").mean(dim=0)
+    for d in (0, 1):
+        assert blocks.diff(dim=d + 1).abs().sum() < 0.5 * draw("random").diff(dim=d + 1).abs().sum()
+        for near, far in ((0, 13), (1, 12)):  # as much is masked at one edge as at the other
+            assert abs(ratio_of.select(d, near).mean() - ratio_of.select(d, far).mean()) < 0.03
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
@@ -522,9 +530,10 @@ def test_ridge_probe_and_exact_accuracy():
     noise = torch.randn(300, 8, generator=generator)
     assert data.ridge_probe(noise[:150], labels[:150], noise[150:], labels[150:]) < 60
 
-    logits = torch.eye(6)[[0, 1, 2, 3]]  # top-1 right for 2 of the 3 that count
-    batches = [(logits[:2], torch.tensor([0, 1])), (logits[2:], torch.tensor([5, -1]))]
-    assert accuracy_of(lambda x: x, batches)["top1"] == pytest.approx(200 / 3)
+    logits = torch.arange(7.0).expand(5, -1)  # class 6 is the first and class 2 the fifth
+    batches = [(logits[:2], torch.tensor([6, 2])), (logits[2:], torch.tensor([1, -1, 0]))]
+    found = accuracy_of(lambda x: x, batches)
+    assert (found["top1"], found["top5"]) == (25, 50)  # of the four that count
 
 
 def accuracy_of(function, batches):
@@ -551,7 +560,7 @@ def test_every_epoch_has_each_image_once_and_processes_share_each_batch():
     assert len(whole) == 15 and all(len(batch) == 8 for batch in whole)
     drawn = [index for batch in whole for index, _ in batch]
     assert all(sorted(drawn[i:i + 20]) == list(range(20)) for i in range(0, 120, 20))
-    assert drawn[:20] != drawn[20:40]
+    assert drawn[:20] != drawn[20:40] and whole != list(data.step_batches(20, _args(**{**args, "seed": 4}), 0))
     for step, batch in enumerate(whole):  # two processes with two passes each see the same batch
         assert [x for part in (2 * step, 2 * step + 1) for rank in (0, 1) for x in parts[rank][part]] == batch
     assert list(data.step_batches(20, _args(**args), 6)) == whole[6:]
@@ -567,6 +576,8 @@ def test_augmentation_depends_on_the_seed_alone():
         runs.append(torch.cat([x for x, _ in data.training_loader(first, args, torch.device("cpu"), 0)]))
     assert torch.equal(*runs)
     assert not torch.equal(first[0, 5][0], first[0, 6][0])
+    magnitudes = [t.magnitude for t in data.strong_augmentation(args).transforms if hasattr(t, "magnitude")]
+    assert magnitudes == [27]  # of 30, as 9 of 10
 
 
 @pytest.mark.parametrize("frames", [1, 4])
@@ -603,7 +614,7 @@ def test_training_and_validation_pictures_are_disjoint_regions():
         whole = getattr(__import__("skimage.data").data, name)()
         height, width = (whole[0] if isinstance(whole, tuple) else whole).shape[:2]
         sums = (a.width + b.width, a.height) if width >= height else (a.width, a.height + b.height)
-        assert sums == (width, height)
+        assert sums == (width, height) and a.width * a.height > b.width * b.height
     assert train[2999][1] == 7 and np.array_equal(np.asarray(train[7][0]), np.asarray(train[7][0]))
 
 
@@ -611,16 +622,20 @@ def test_centre_crop():
     image = Image.fromarray(np.arange(3 * 64 * 96, dtype=np.uint8).reshape(64, 96, 3))
     assert data.CentreCrop((32, 40))(image).shape == (3, 32, 40)
     assert torch.equal(data.CentreCrop((64, 96))(image), torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    image = torch.randint(0, 255, (3, 256, 256), dtype=torch.uint8)
+    crop = data.CentreCrop(224)(Image.fromarray(image.permute(1, 2, 0).numpy()))
+    assert torch.equal(crop, image[:, 16:240, 16:240])
 
 
 def test_unreadable_images_are_replaced_in_training_and_left_out_of_tests(tmp_path, capsys):
-    for i in range(3):
-        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes()[:40])
-    source = data.Files(data.find_files(tmp_path))
+    for i, name in enumerate(("a", "b", "c")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / name / "0.png")
+    (tmp_path / "b/0.png").write_bytes((tmp_path / "a/0.png").read_bytes()[:40])
+    source = data.Files(data.find_files(tmp_path, ["a", "b", "c"]))
     train, test = (data.Samples(source, data.CentreCrop(40), replace_unreadable=r) for r in (True, False))
-    assert train.example(1)[0].max() == 2
-    assert test.example(1)[1] == -1 and test.example(2)[1] == 0
+    assert train.example(1)[0].max() == train.example(1)[1] == 2  # another image, with its own label
+    assert [test.example(i)[1] for i in range(3)] == [0, -1, 2]
     train[1, 1]
     data.report_unreadable(_args(), source)
     error = capsys.readouterr().err
@@ -755,7 +770,8 @@ def test_published_mae_files(folder, tmp_path, monkeypatch, capsys):
     vit, images, weights = common.ViT.load(encoder), torch.randn(2, 3, 32, 32), filled(vit_table())
     assert all(torch.equal(weight, weights[name]) for name, weight in vit.state_dict().items())
     assert common.ViT.load(encoder, image_size=(48, 64))(torch.randn(2, 3, 48, 64)).shape == (2, 128)
-    assert common.ViT.load(tuned)(images).shape == (2, 2)
+    head = filled(vit_table(norm="fc_norm") | layer_table("head", 2, 128))
+    assert all(torch.equal(weight, head[name]) for name, weight in common.ViT.load(tuned).state_dict().items())
 
     image = next((folder / "test/coffee").glob("*.png"))
     main(monkeypatch, "show", "--init", whole, "--image", image, "--out", tmp_path / "show")
@@ -1218,15 +1234,13 @@ def test_maskfeat_masks_have_the_asked_number(masking, grid, ratio):
         assert (by_time == by_time[:, :, :1]).all()
 
 
-def test_block_and_cube_masks_have_few_edges():
-    def edges(masking, grid):
+def test_cube_masks_have_few_edges():
+    def edges(masking, grid=(8, 14, 14)):
         _, masked = maskfeat.MASKS[masking](64, grid, 0.4, torch.Generator().manual_seed(0), "cpu")
-        mask = mask_of(masked, math.prod(grid)).view(64, *grid)
-        return [mask.diff(dim=d).abs().sum().item() for d in range(1, mask.ndim)]
-    for masking, grid in (("block", (14, 14)), ("cube", (8, 14, 14))):
-        assert all(few < 0.5 * many for few, many in zip(edges(masking, grid), edges("random", grid)))
+        return [mask_of(masked, math.prod(grid)).view(64, *grid).diff(dim=d).abs().sum().item() for d in (1, 2, 3)]
+    assert all(few < 0.5 * many for few, many in zip(edges("cube"), edges("random")))
     # A cube has sides in space, which frames have not, and in time, which tubes have not.
-    assert edges("frame", (8, 14, 14))[1] == 0 == edges("tube", (8, 14, 14))[0] < min(edges("cube", (8, 14, 14)))
+    assert edges("frame")[1] == 0 == edges("tube")[0] < min(edges("cube"))
 
 
 @pytest.mark.parametrize("frames", [1, 4])
@@ -1485,6 +1499,7 @@ def test_vjepa_masks_are_pairs_in_raster_order(masking, context_frames):
             assert all(len(set(row)) == len(row) for row in both.tolist()) and both.max() < 8 * 36
             assert len({tuple(row) for row in visible.tolist()}) > 1  # places are drawn for each clip
             assert (visible < 3 * 36).all() or not context_frames
+            assert masking != "tube" or visible.shape[1] == 3 * (context_frames or 16) // 2  # of 36 patches a frame
 
 
 def test_vjepa_masks_do_not_depend_on_the_processes():
@@ -1495,6 +1510,8 @@ def test_vjepa_masks_do_not_depend_on_the_processes():
             rows = vjepa.draw_masks(args, (4, 6, 6), 3, slice(start, start + 4), "cpu")
             for mine, whole in zip(rows[0] + rows[1], visible + masked):
                 assert torch.equal(mine, whole[start - 8:start - 4])
+    first, second = (vjepa.draw_masks(args, (4, 6, 6), 3, slice(start, start + 8), "cpu")[0][0] for start in (0, 8))
+    assert first.shape != second.shape or not torch.equal(first, second)  # other groups have other masks
     heights = {vjepa.draw_masks(mask_args(batch_size=64, mask_group=1, masking="block"), (2, 9, 9), 0, slice(i, i + 1),
                                 "cpu")[1][0].shape[1] for i in range(32)}
     assert len(heights) == 1  # a single block: its size is that of the step, also in other groups
@@ -1565,6 +1582,8 @@ def test_neighbours_spread_and_rank():
     x = centres[labels] + 0.1 * torch.randn(90, 8, generator=generator)
     assert data.nearest_neighbours(x, labels) == 100
     assert data.nearest_neighbours(torch.randn(90, 8, generator=generator), labels) < 60
+    pairs = torch.tensor([[1.0, 0], [1.01, 0.1], [-1, 0], [-1.01, 0.1]])
+    assert data.nearest_neighbours(pairs, torch.tensor([0, 1, 0, 1]), neighbours=1) == 0  # the sample itself is none
     flat = torch.randn(4000, 3, generator=generator) @ torch.linalg.qr(torch.randn(8, 3, generator=generator))[0].T
     spread, rank = data.spread_and_rank(flat)
     assert rank == pytest.approx(3, rel=0.01) and spread == pytest.approx(math.sqrt(3 / 8), rel=0.2)
