@@ -117,11 +117,27 @@ def inputs_of(module, run):
 
 MASKFEAT_FLAGS = ["--recipe", "demo", "--image-size", "32", "--batch-size", "8", "--workers", "0", "--log-every", "1",
                   "--device", "cpu"]
-
-
 VJEPA_FLAGS = ["--recipe", "demo", "--image-size", "32", "--patch-size", "8", "--frames", "4", "--predictor-dim", "32",
                "--predictor-depth", "1", "--batch-size", "8", "--workers", "0", "--log-every", "1", "--device", "cpu",
                "--masking", "multiblock", "--context-frames", "4"]
+STRONG_FLAGS = ["--drop-path", "0.2", "--mixup", "0.8", "--cutmix", "1"]
+FINETUNE_FLAGS = ["finetune", *MASKFEAT_FLAGS, *STRONG_FLAGS]
+CLIPS_FLAGS = ["--still", "--frames", "4", "--patch-size", "8"]
+
+RUNS = [(mae, TINY_FLAGS, "folder"), (maskfeat, MASKFEAT_FLAGS, "folder"),
+        (maskfeat, [*MASKFEAT_FLAGS, "--frames", "4", "--patch-size", "8"], "videos"),
+        (vjepa, [*VJEPA_FLAGS, "--probe-every", "3"], "videos")]
+SATELLITE_RUNS = [(mae, [*TINY_FLAGS, "--bands", "0,1/2"], "folder"),
+                  (mae, [*TINY_FLAGS, "--channels", "5", "--dates", "3"], "places")]
+CLASSIFIERS = [(mae, FINETUNE_FLAGS), (mae, ["linprobe", *MASKFEAT_FLAGS]), (maskfeat, FINETUNE_FLAGS),
+               (vjepa, ["probe", *CLIPS_FLAGS, *MASKFEAT_FLAGS])]
+TASKS = {  # of all scripts, without what is drawn by process: (method, flags, fixture with the data)
+    "mae": RUNS[0], "maskfeat": RUNS[1], "vjepa": (vjepa, VJEPA_FLAGS, "videos"),
+    "mae finetune": (mae, ["finetune", *MASKFEAT_FLAGS], "folder"),
+    "mae linprobe": (mae, ["linprobe", *MASKFEAT_FLAGS], "folder"),
+    "maskfeat finetune": (maskfeat, ["finetune", *MASKFEAT_FLAGS], "folder"),
+    "vjepa probe": (vjepa, ["probe", *CLIPS_FLAGS, *MASKFEAT_FLAGS], "folder"),
+    "vjepa finetune": (vjepa, ["finetune", *CLIPS_FLAGS, *MASKFEAT_FLAGS], "folder")}
 
 
 def start(*arguments, processes=None, restarts=0):
@@ -158,8 +174,24 @@ def main(monkeypatch, *arguments, method=mae):
     method.main()
 
 
+def records(out):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
 def losses(out):
-    return [json.loads(line)["loss"] for line in Path(out, "log.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records(out)]
+
+
+def gradients(out):
+    """What the optimizer has averaged at the end of a run: of a single step the gradient, for AdamW a tenth of it."""
+    states = common.read_checkpoint(Path(out, "last.pt"))["optimizer"]["state"].values()
+    return torch.cat([state["exp_avg" if "exp_avg" in state else "momentum_buffer"].flatten() for state in states])
+
+
+@pytest.fixture
+def no_probe(monkeypatch):
+    """Leave out the probe after pre-training, which costs as much as a few steps."""
+    monkeypatch.setattr(data, "print_probe", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -519,6 +551,48 @@ def test_layer_decay_and_weight_decay():
     assert found["head.weight"] == (1.0, 0.05) and found["fc_norm.weight"] == (1.0, 0.0)
     for group in common.parameter_groups(vit, 0.0):  # weight decay may rise later
         assert {parameter.ndim > 1 for parameter in group["params"]} == {group["decays"]}
+
+
+def falling(progress):
+    """Half a cosine from 1 to 0."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+RISES_FROM_0, RISES_FROM_HALF = [0, 0.5, 1, 0.6], [0.5, 1, 0.6, 0.2]
+
+
+@pytest.mark.parametrize("task, rates, betas, weight_decay", [
+    ("mae", [0, 0.5, 1, 0.5], (0.9, 0.95), 0.1), ("maskfeat", RISES_FROM_0, (0.9, 0.999), 0.1),
+    ("vjepa", [0.75, 1, 0.2 + 0.8 * falling(1 / 6), 0.2 + 0.8 * falling(2 / 6)], (0.9, 0.999), 0.2),
+    ("mae finetune", RISES_FROM_0, (0.9, 0.999), 0.1), ("mae linprobe", RISES_FROM_0, None, 0.1),
+    ("maskfeat finetune", RISES_FROM_0, (0.9, 0.999), 0.1), ("vjepa probe", RISES_FROM_HALF, (0.9, 0.999), 0.3),
+    ("vjepa finetune", RISES_FROM_HALF, (0.9, 0.999), 0.3)])
+def test_schedules_and_the_optimizer_of_each_task(task, rates, betas, weight_decay, request, tmp_path, monkeypatch,
+                                                  no_probe):
+    method, tiny, where = TASKS[task]
+    flags = ["--steps", 4, "--warmup", 0.5, "--base-lr", 32e-4, "--weight-decay", 0.1]  # peak: 1e-4 for a batch of 8
+    flags += ["--min-lr", 2e-5] if task != "mae" else []
+    flags += ["--final-weight-decay", 0.3] if method is vjepa else []
+    flags += ["--layer-decay", 0.5] if "finetune" in task else []
+    if task == "vjepa":
+        flags += ["--start-lr", 0.5, "--stretch", 2, "--momentum", 0.5, "--final-momentum", 0.9]
+    main(monkeypatch, "--data", request.getfixturevalue(where), *tiny, *flags, "--out", tmp_path, method=method)
+    assert [record["lr"] for record in records(tmp_path)] == pytest.approx([1e-4 * rate for rate in rates])
+    if task == "vjepa":
+        momenta = [record["momentum"] for record in records(tmp_path)]
+        assert momenta == pytest.approx([0.5, 0.55, 0.6, 0.65])
+
+    optimizer = common.read_checkpoint(tmp_path / "last.pt")["optimizer"]
+    for group in optimizer["param_groups"]:
+        assert group["momentum"] == 0.9 if betas is None else tuple(group["betas"]) == betas
+        for number in group["params"]:
+            state = optimizer["state"][number]
+            shape = state["momentum_buffer" if betas is None else "exp_avg"].shape
+            decays = len(shape) > 1 and not (task == "mae finetune" and shape[0] == 1)  # nor class token and positions
+            assert group["weight_decay"] == pytest.approx(weight_decay * decays)
+    layers = range(6) if "finetune" in task else [0]  # head, four blocks, embedding
+    rates = {group["lr"] for group in optimizer["param_groups"]}
+    assert sorted(rates, reverse=True) == pytest.approx([records(tmp_path)[-1]["lr"] * 0.5 ** layer for layer in layers])
 
 
 def test_ridge_probe_and_exact_accuracy():
@@ -1011,7 +1085,7 @@ def test_best_is_chosen_by_training_samples(folder, tmp_path, monkeypatch, capsy
         out = tmp_path / method.__name__
         flags = ["--data", folder, *tiny, "--steps", 3, "--probe-every", 1, "--keep-every", 2, "--out", out]
         main(monkeypatch, *flags, method=method)
-        record = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1]
+        record = records(out)[1]
         assert {"spread", "rank", "knn"} <= set(record)
         assert common.read_checkpoint(out / "best.pt")["step"] == 2
         kept = sorted(path.name for path in out.glob("step-*.pt"))
@@ -1023,7 +1097,7 @@ def test_best_is_chosen_by_training_samples(folder, tmp_path, monkeypatch, capsy
     flags = [*TINY_FLAGS, "--steps", 2, "--probe-every", 1, "--out", tmp_path / "none"]
     main(monkeypatch, "--data", tmp_path / "unlabelled", *flags)
     assert "of the highest score_rank" in capsys.readouterr().out
-    record = json.loads((tmp_path / "none/log.jsonl").read_text().splitlines()[0])
+    record = records(tmp_path / "none")[0]
     assert record["score_rank"] == pytest.approx(record["rank"]) and (tmp_path / "none/best.pt").exists()
     main(monkeypatch, "--data", folder, *flags, "--fresh", "--keep-every", 1)
     assert (tmp_path / "none/best.old.pt").exists()
@@ -1613,15 +1687,6 @@ def test_alike_blocks_share_a_graph_for_all_lengths(checkpointing, monkeypatch):
     assert len(lengths) > 4 and 3 <= len(graphs) <= 5  # of y-encoder, x-encoder and predictor, some twice
 
 
-def test_the_end_of_the_momentum_is_a_flag(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "print_probe", lambda *_: None)
-    for final, last in ((0.5, 0.5), (1.0, 0.875)):
-        flags = ["--momentum", 0.5, "--final-momentum", final, "--stretch", 1, "--steps", 4, "--probe-samples", 20]
-        main(monkeypatch, *flags, *VJEPA_FLAGS, "--fresh", "--out", tmp_path, method=vjepa)
-        records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-        assert records[0]["momentum"] == 0.5 and records[-1]["momentum"] == last
-
-
 def test_a_collapse_is_noticed(tmp_path, monkeypatch, capsys):
     """Momentum 0 and a predictor that learns nothing: all features become the same."""
     new_model = vjepa.new_model
@@ -1643,7 +1708,7 @@ def test_finetune_linprobe_and_show_by_command_line(checkpoint, folder, tmp_path
     flags = ["--recipe", "demo", "--data", folder, "--init", checkpoint, "--batch-size", 8, "--workers", 0]
     strong = ["--mixup", 0.8, "--cutmix", 1, "--randaugment", 9, "--erasing", 0.25, "--drop-path", 0.1]
     main(monkeypatch, "finetune", *flags, *strong, "--out", tmp_path / "f", "--epochs", 1, "--image-size", "32x40")
-    record = json.loads((tmp_path / "f/log.jsonl").read_text().splitlines()[-1])
+    record = records(tmp_path / "f")[-1]
     assert {"step", "loss", "lr", "top1", "top5"} <= set(record)
     capsys.readouterr()
     main(monkeypatch, "finetune", "--eval-only", "--data", folder, "--init", tmp_path / "f/last.pt", "--workers", 0)
@@ -1658,17 +1723,6 @@ def test_finetune_linprobe_and_show_by_command_line(checkpoint, folder, tmp_path
     done = run("mae.py", "show", "--init", checkpoint, "--image", image, "--out", tmp_path / "s")
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "s/reconstruction.png").width > 3 * 32
-
-
-RUNS = [(mae, TINY_FLAGS, "folder"), (maskfeat, MASKFEAT_FLAGS, "folder"),
-        (maskfeat, [*MASKFEAT_FLAGS, "--frames", "4", "--patch-size", "8"], "videos"),
-        (vjepa, [*VJEPA_FLAGS, "--probe-every", "3"], "videos")]
-
-
-SATELLITE_RUNS = [(mae, [*TINY_FLAGS, "--bands", "0,1/2"], "folder"),
-                  (mae, [*TINY_FLAGS, "--channels", "5", "--dates", "3"], "places")]
-FINETUNE_FLAGS = ["finetune", "--recipe", "demo", "--image-size", "32", "--batch-size", "8", "--workers", "0",
-                  "--log-every", "1", "--device", "cpu", "--drop-path", "0.2", "--mixup", "0.8", "--cutmix", "1"]
 
 
 @pytest.mark.parametrize("method, tiny, where", [
@@ -1826,15 +1880,35 @@ def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, monkeypatch
     assert (tmp_path / "last.pt").read_bytes() == before and not (tmp_path / "other/last.pt").exists()
 
 
-@pytest.mark.parametrize("method, tiny, where", [RUNS[1], RUNS[3]])
-def test_processes_and_accumulation_do_not_change_the_run(method, tiny, where, request, tmp_path, monkeypatch):
-    flags = ["--data", request.getfixturevalue(where), "--steps", 20, "--clip-grad", 1.0, *tiny]
+@pytest.mark.parametrize("task", TASKS)
+def test_processes_and_accumulation_do_not_change_the_run(task, request, tmp_path, monkeypatch, no_probe):
+    """Nor both together. The gradients are compared too, since AdamW makes the same step of twice the gradient."""
+    method, tiny, where = TASKS[task]
+    flags = ["--data", request.getfixturevalue(where), "--steps", 6, *tiny, "--clip-grad", 1000]
     main(monkeypatch, "--out", tmp_path / "one", *flags, method=method)
-    main(monkeypatch, "--out", tmp_path / "accumulated", "--accumulate", 4, *flags, method=method)
-    done = run(f"{method.__name__}.py", "--out", tmp_path / "two", *flags, processes=2)
-    assert done.returncode == 0, done.stderr
-    for name in ("accumulated", "two"):
+    main(monkeypatch, "--out", tmp_path / "four", "--accumulate", 4, *flags, method=method)
+    names = ["four"] if task != "mae linprobe" else []  # whose BatchNorm sees a micro-batch
+    if task in ("mae", "maskfeat", "vjepa", "mae finetune"):
+        words = [task.split()[-1]] if " " in task else []
+        flags = ["--accumulate", 2, "--out", tmp_path / "two", *[word for word in flags if word not in words]]
+        done = run(f"{method.__name__}.py", *words, *flags, processes=2)
+        assert done.returncode == 0, done.stderr
+        names.append("two")
+    for name in names:
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+        wanted = gradients(tmp_path / "one")
+        assert (gradients(tmp_path / name) - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_gradient_is_clipped(task, precision, request, tmp_path, monkeypatch, no_probe):
+    """Of V-JEPA that of the encoder and of the predictor, each by itself; in fp16 without its scale."""
+    method, tiny, where = TASKS[task]
+    main(monkeypatch, "--data", request.getfixturevalue(where), "--steps", 1, *tiny, "--warmup", 0, "--clip-grad", 1e-4,
+         "--precision", precision, "--out", tmp_path, method=method)
+    average = {"vjepa": 0.1 * math.sqrt(2), "mae linprobe": 1}.get(task, 0.1)
+    assert gradients(tmp_path).norm().item() == pytest.approx(1e-4 * average, rel=0.01)
 
 
 def test_torchrun_starts_a_killed_process_again(folder, tmp_path, monkeypatch, capsys):
@@ -1849,8 +1923,8 @@ def test_torchrun_starts_a_killed_process_again(folder, tmp_path, monkeypatch, c
     assert process.stdout.count("step 0 of 30") == 1
     assert [step for step in (8, 12, 16) if f"step {step} of 30" in process.stdout]  # it went on, and not from 0
     assert process.stdout.count("before training") == 1
-    records = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == list(range(1, 31))
+    log = records(tmp_path / "two")
+    assert [record["step"] for record in log] == list(range(1, 31))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
     capsys.readouterr()
@@ -1880,7 +1954,7 @@ def test_processes_share_the_looks_at_the_features(folder, tmp_path, monkeypatch
     printed = [line for line in capsys.readouterr().out.splitlines() if "before training" in line]
     two = run("mae.py", "--out", tmp_path / "two", *flags, processes=2)
     assert two.returncode == 0 and printed[0] in two.stdout, two.stderr
-    one, two = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("one", "two"))
+    one, two = (records(tmp_path / name)[-1] for name in ("one", "two"))
     for name in ("knn", "score_knn", "rank", "spread"):
         assert two[name] == pytest.approx(one[name], rel=1e-4)
 
@@ -1966,7 +2040,7 @@ def test_maskfeat_on_images_by_command_line(folder, tmp_path, monkeypatch, capsy
     flags = ["--recipe", "demo", "--data", folder, "--batch-size", 8, "--epochs", 1, "--image-size", "32x40"]
     strong = ["--mixup", 0.8, "--cutmix", 1, "--randaugment", 9, "--erasing", 0.25, "--drop-path", 0.1]
     printed = maskfeat_main("finetune", *flags, *strong, "--init", out / "last.pt", "--out", tmp_path / "f")
-    record = json.loads((tmp_path / "f/log.jsonl").read_text().splitlines()[-1])
+    record = records(tmp_path / "f")[-1]
     assert {"step", "loss", "lr", "top1"} <= set(record) and f"top-1 {record['top1']:.2f}" in printed.out
     image = next((folder / "test/coffee").glob("*.png"))
     done = run("maskfeat.py", "show", "--init", out / "last.pt", "--image", image, "--out", tmp_path / "s")
@@ -2008,9 +2082,9 @@ def test_vjepa_by_command_line(videos, folder, checkpoint, tmp_path, monkeypatch
     flags = ["--data", videos, "--stride", 2, "--batch-size", 4]
     printed = vjepa_main(*VJEPA_FLAGS, *flags, "--steps", 3, "--probe-every", 2, "--out", out)
     assert "validation samples: chance " in printed and str(out / "best.pt") in printed
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert {"step", "loss", "lr", "momentum", "knn", "spread", "rank", "score_knn"} <= set(records[1])
-    assert "rank" not in records[0]
+    log = records(out)
+    assert {"step", "loss", "lr", "momentum", "knn", "spread", "rank", "score_knn"} <= set(log[1])
+    assert "rank" not in log[0]
     best, last = (common.read_checkpoint(out / name) for name in ("best.pt", "last.pt"))
     assert best["step"] in (2, 3) and last["step"] == 3
     assert Image.open(out / "tokens.png").size == (4 * 224 + 5 * 4, 2 * 224 + 3 * 4)
@@ -2129,10 +2203,6 @@ def test_no_step_waits_for_the_gpu(method, tiny, where, precision, request, tmp_
         main(monkeypatch, *flags, method=method)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-CLASSIFIERS = [(mae, FINETUNE_FLAGS), (mae, ["linprobe", *FINETUNE_FLAGS[1:-6]]), (maskfeat, FINETUNE_FLAGS),
-               (vjepa, ["probe", "--still", "--frames", "4", "--patch-size", "8", *FINETUNE_FLAGS[1:-6]])]
 
 
 @needs_gpu
@@ -2278,9 +2348,9 @@ def test_the_demo_of_vjepa_does_not_collapse(tmp_path):
     flags = ["--steps", 60, "--log-every", 5, "--probe-every", 30, "--probe-samples", 30, "--device", "cpu"]
     done = run("vjepa.py", *flags, "--out", tmp_path / "run")
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
-    records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
-    assert all(record["spread"] > 0.2 and record["rank"] > 4 for record in records if "rank" in record)
+    log = records(tmp_path / "run")
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    assert all(record["spread"] > 0.2 and record["rank"] > 4 for record in log if "rank" in record)
 
 
 def test_the_frozen_features_improve(tmp_path):
