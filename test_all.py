@@ -178,6 +178,15 @@ def records(out):
     return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
+def parsed(monkeypatch, method, *words):
+    """What a script makes of a command line."""
+    kept = []
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "TASKS", {task: (kept.append, *others) for task, (_, *others) in method.TASKS.items()})
+        main(patch, *words, "--device", "cpu", method=method)
+    return kept.pop()
+
+
 def losses(out):
     return [record["loss"] for record in records(out)]
 
@@ -190,8 +199,10 @@ def gradients(out):
 
 @pytest.fixture
 def no_probe(monkeypatch):
-    """Leave out the probe after pre-training, which costs as much as a few steps."""
+    """Leave out what follows on pre-training, probe and picture, which take as long as a few steps."""
     monkeypatch.setattr(data, "print_probe", lambda *_: None)
+    for method in (mae, maskfeat, vjepa):
+        monkeypatch.setattr(method, "save_picture", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -207,6 +218,21 @@ def folder(tmp_path_factory):
                 image = image.convert("L") if i == 0 else image.convert("RGBA") if i == 1 else image
                 image.save(root / split / name / f"{i}.png")
     (root / "train/coffee/7.png").write_bytes((root / "train/coffee/8.png").read_bytes()[:2000])
+    return root
+
+
+@pytest.fixture(scope="session")
+def seven(tmp_path_factory):
+    """Seven classes, told by the colour of training images; validation images have the colour of any class."""
+    root, generator = tmp_path_factory.mktemp("seven"), np.random.default_rng(0)
+    colours = np.array(list(itertools.product((60, 190), repeat=3)))
+    for split, count in (("train", 12), ("val", 4)):
+        for label, i in itertools.product(range(7), range(count)):
+            colour = colours[label if split == "train" else generator.integers(7)]
+            pixels = colour + generator.normal(0, 20, (40, 40, 3))
+            path = root / split / f"class {label}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
     return root
 
 
@@ -553,6 +579,33 @@ def test_layer_decay_and_weight_decay():
         assert {parameter.ndim > 1 for parameter in group["params"]} == {group["decays"]}
 
 
+PAPERS = [  # Tables 8 to 10 of MAE, 8 and 9 of MaskFeat (images, clips), the configuration of V-JEPA's ViT-L
+    (mae, [], dict(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup=0.05, weight_decay=0.05, clip_grad=None,
+                   mask_ratio=0.75, masking="random", decoder_dim=512, decoder_depth=8, decoder_heads=16,
+                   norm_pix_loss=True, size="base", image_size=224, patch_size=16)),
+    (mae, ["finetune"], dict(epochs=100, batch_size=1024, base_lr=5e-4, warmup=0.05, weight_decay=0.05, min_lr=1e-6,
+                             layer_decay=0.65, drop_path=0.1, smoothing=0.1, randaugment=9, mixup=0.8, cutmix=1,
+                             erasing=0.25, pool="mean")),
+    (mae, ["finetune", "--size", "large"], dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)),
+    (mae, ["linprobe"], dict(epochs=90, batch_size=16384, base_lr=0.1, weight_decay=0, min_lr=0, pool="class")),
+    (maskfeat, [], dict(epochs=300, batch_size=2048, base_lr=2e-4, min_lr=1e-6, warmup=0.1, weight_decay=0.05,
+                        clip_grad=0.02, mask_ratio=0.4, masking="block", target="hog", cell=8)),
+    (maskfeat, ["--frames", 16], dict(batch_size=512, base_lr=8e-4, masking="cube", mask_ratio=0.4, tubelet=2)),
+    (maskfeat, ["finetune"], dict(epochs=100, base_lr=2.5e-4, layer_decay=0.65, drop_path=0.1, warmup=0.2)),
+    (vjepa, [], dict(steps=90_000, batch_size=3072, base_lr=6.25e-4 * 256 / 3072, start_lr=0.32, min_lr=1e-6,
+                     weight_decay=0.04, final_weight_decay=0.4, momentum=0.998, final_momentum=1, stretch=1.25,
+                     clip_grad=10, masking="multiblock", predictor_dim=384, predictor_depth=12, frames=16, tubelet=2,
+                     size="large", target="latent", context_frames=None)),
+    (vjepa, ["probe"], dict(epochs=20, batch_size=256, base_lr=1e-3, weight_decay=0.01, segments=8, views=3, warmup=0)),
+]
+
+
+@pytest.mark.parametrize("method, words, values", PAPERS)
+def test_with_data_the_values_are_those_of_the_paper(method, words, values, monkeypatch):
+    args = vars(parsed(monkeypatch, method, *words, "--data", "DIR"))
+    assert {name: args[name] for name in values} == pytest.approx(values)
+
+
 def falling(progress):
     """Half a cosine from 1 to 0."""
     return (1 + math.cos(math.pi * progress)) / 2
@@ -592,7 +645,8 @@ def test_schedules_and_the_optimizer_of_each_task(task, rates, betas, weight_dec
             assert group["weight_decay"] == pytest.approx(weight_decay * decays)
     layers = range(6) if "finetune" in task else [0]  # head, four blocks, embedding
     rates = {group["lr"] for group in optimizer["param_groups"]}
-    assert sorted(rates, reverse=True) == pytest.approx([records(tmp_path)[-1]["lr"] * 0.5 ** layer for layer in layers])
+    last = records(tmp_path)[-1]["lr"]
+    assert sorted(rates, reverse=True) == pytest.approx([last * 0.5 ** layer for layer in layers])
 
 
 def test_ridge_probe_and_exact_accuracy():
@@ -727,6 +781,15 @@ def test_many_channels_from_numpy_files(tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_learned_positions_are_interpolated_for_another_size(folder, tmp_path, monkeypatch, no_probe):
+    old = tiny_maskfeat()
+    torch.save({"model": old.state_dict()}, tmp_path / "old.pth")
+    main(monkeypatch, "--data", folder, "--init", tmp_path / "old.pth", *MASKFEAT_FLAGS, "--image-size", 48,
+         "--base-lr", 0, "--min-lr", 0, "--steps", 1, "--out", tmp_path / "new", method=maskfeat)
+    table = common.read_checkpoint(tmp_path / "new/last.pt")["model"]["pos_embed"]
+    assert torch.equal(table, common.resize_positions(old.pos_embed, (4, 4), (6, 6)))
 
 
 def test_vit_takes_a_checkpoint_at_other_sizes_and_with_a_new_head(checkpoint):
@@ -1362,7 +1425,7 @@ NUMBERS = [20 * i for i in range(12)]  # the shades of the frames of the test vi
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
-    """Two classes of frame folders, each with the shades in NUMBERS; with ffmpeg also a video of each kind."""
+    """Two classes of frame folders, each with the mean shades in NUMBERS; a frame is darker on the left."""
     root = tmp_path_factory.mktemp("videos")
     for split in ("train", "val"):
         for name, shades in (("brighter", NUMBERS), ("darker", NUMBERS[::-1])):
@@ -1370,7 +1433,8 @@ def videos(tmp_path_factory):
                 folder = root / split / name / f"clip{copy}"
                 folder.mkdir(parents=True)
                 for i, shade in enumerate(shades):
-                    Image.new("RGB", (48, 40), (shade,) * 3).save(folder / f"frame{i}.png")
+                    row = np.linspace(shade - 8, shade + 8, 48).clip(0, 255).astype(np.uint8)
+                    Image.fromarray(np.tile(row[:, None], (40, 1, 3))).save(folder / f"frame{i}.png")
     return root
 
 
@@ -1628,6 +1692,22 @@ def test_target_encoder_is_the_closed_form_of_the_average():
         assert torch.allclose(now, 0.9 ** 5 * then + (1 - 0.9 ** 5) * x, atol=1e-6)
 
 
+def test_the_target_encoder_follows_in_the_run_and_its_features_are_evaluated(videos, tmp_path, monkeypatch, no_probe):
+    ends, logs = {}, {}
+    for momentum in (0, 0.5, 1):
+        out = tmp_path / str(momentum)
+        flags = ["--momentum", momentum, "--final-momentum", momentum, "--steps", 3 if momentum == 1 else 1]
+        main(monkeypatch, "--data", videos, *VJEPA_FLAGS, *flags, "--warmup", 0, "--probe-every", 1, "--out", out,
+             method=vjepa)
+        weights, logs[momentum] = common.read_checkpoint(out / "last.pt")["model"], records(out)
+        ends[momentum] = [part_of(weights, name)["blocks.1.mlp.fc1.weight"] for name in ("encoder.", "target_encoder.")]
+    start = ends[1][1]
+    assert torch.equal(*ends[0]) and not torch.allclose(ends[0][0], start)
+    assert torch.allclose(ends[0.5][1], (start + ends[0.5][0]) / 2, atol=1e-7)
+    assert len({record["spread"] for record in logs[1]}) == 1  # where it stays, so do the metrics
+    assert logs[1][0]["spread"] != logs[0][0]["spread"]
+
+
 def test_segments_are_attended_together_and_views_averaged():
     torch.manual_seed(0)
     model = vjepa.Classifier(common.ViT("nano", 32, 8, frames=4, tubelet=2, class_token=False), 5)
@@ -1744,6 +1824,113 @@ def test_a_run_goes_on_where_a_signal_stopped_it_and_ends_the_same(method, tiny,
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 5
     ends = [common.read_weights(tmp_path / name / "last.pt")[0] for name in ("whole", "parts")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_the_best_score_and_the_scale_of_fp16_survive_a_restart(folder, tmp_path, monkeypatch):
+    scores = iter([3.0, 1.0, 2.0, 1.5])
+    monkeypatch.setattr(data, "watch", lambda *rest: {"score_knn": next(scores)})
+    flags = ["--data", folder, "--probe-every", 1, "--save-every", 1, "--steps", 3, *TINY_FLAGS, "--precision", "fp16",
+             "--out", tmp_path]
+    main(monkeypatch, *flags)
+    (tmp_path / "last.pt").unlink()  # what is left, previous.pt, is of step 2
+    before = common.read_checkpoint(tmp_path / "previous.pt")
+    before["scaler"]["scale"] = 1024.0
+    torch.save(before, tmp_path / "previous.pt")
+    main(monkeypatch, *flags)
+    assert common.read_checkpoint(tmp_path / "best.pt")["step"] == 1
+    assert common.read_checkpoint(tmp_path / "last.pt")["scaler"]["scale"] == 1024
+
+
+@pytest.mark.parametrize("method, flags", [
+    (mae, TINY_FLAGS), (maskfeat, [*MASKFEAT_FLAGS, "--min-lr", 0]),
+    (vjepa, [*VJEPA_FLAGS, "--still", "--min-lr", 0, "--momentum", 1])])
+def test_masks_go_by_seed_and_step(method, flags, tmp_path, monkeypatch, no_probe):
+    """Of one grey picture and a model that does not learn, the losses differ by the masks alone."""
+    (tmp_path / "grey").mkdir()
+    for i in range(8):
+        Image.new("RGB", (40, 40), (100,) * 3).save(tmp_path / f"grey/{i}.png")
+    flags = ["--data", tmp_path / "grey", *flags, "--base-lr", 0]
+    main(monkeypatch, *flags, "--steps", 1, "--out", tmp_path / "start", method=method)
+    flags += ["--init", tmp_path / "start/last.pt", "--steps", 9]
+    for seed in (0, 1):
+        main(monkeypatch, *flags, "--seed", seed, "--out", tmp_path / str(seed), method=method)
+    assert len(set(losses(tmp_path / "0") + losses(tmp_path / "1"))) == 18
+
+
+FINETUNES = ["--smoothing 0.5", "--erasing 1", "--randaugment 9", "--drop-path 0.5"]
+
+
+@pytest.mark.parametrize("task, flags", [  # those that the other tests of runs do not see
+    ("mae", ["--masking block", "--mask-ratio 0.5", "--no-norm-pix-loss", "--encode-mask-tokens", "--measure",
+             "--mean 0 0 0 --std 1 1 1"]),
+    ("maskfeat", ["--masking block", "--mask-ratio 0.5", "--target pixels", "--cell 4", "--no-flip"]),
+    ("vjepa", ["--masking tube", "--context-frames 2", "--target pixels", "--no-flip", "--stride 1"]),
+    ("mae finetune", [*FINETUNES, "--pool class", "--mixup 0.8", "--cutmix 1"]), ("mae linprobe", ["--pool class"]),
+    ("maskfeat finetune", [*FINETUNES, "--mixup 0.8", "--no-flip"]), ("vjepa probe", ["--flip", "--randaugment 9"]),
+    ("vjepa finetune", FINETUNES)])
+def test_flags_change_the_run(task, flags, request, tmp_path, monkeypatch, no_probe):
+    method, tiny, where = TASKS[task]
+    ends = []
+    for flag in ["", *flags]:
+        main(monkeypatch, "--data", request.getfixturevalue(where), *tiny, "--steps", 2, "--warmup", 0, *flag.split(),
+             "--out", tmp_path, "--fresh", method=method)
+        weights = common.read_checkpoint(tmp_path / "last.pt")["model"]
+        ends.append(torch.cat([weights[name].flatten() for name in sorted(weights)]))
+    for flag, end in zip(flags, ends[1:]):
+        assert end.shape != ends[0].shape or not torch.equal(end, ends[0]), flag
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if " " in task])
+def test_the_accuracy_of_a_classifier_is_that_of_its_weights(task, seven, tmp_path, monkeypatch):
+    """By plain functions, on training images, which it learns, and on validation images, which no one could."""
+    method, tiny, _ = TASKS[task]
+    main(monkeypatch, "--data", seven, *tiny, "--steps", 40, "--out", tmp_path, method=method)
+    w = common.read_checkpoint(tmp_path / "last.pt")["model"]
+
+    def accuracies(split):
+        paths = sorted(seven.glob(f"{split}/*/*.png"))
+        labels = torch.tensor([int(path.parent.name[-1]) for path in paths])
+        pixels = torch.stack([data.CentreCrop(32)(Image.open(path)) for path in paths]) / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+        pixels = (pixels - mean) / std
+        if method is vjepa:
+            clips = pixels[:, :, None].expand(-1, -1, 4, -1, -1)
+            logits = plain_probe(part_of(w, "classifier."), plain_encoder(part_of(w, "encoder."), clips))
+        else:
+            x = norm(w, "fc_norm", plain_encoder(w, pixels)[:, 1:].mean(dim=1))
+            if task == "mae linprobe":
+                x = (x - w["head.0.running_mean"]) / (w["head.0.running_var"] + 1e-6).sqrt()
+            logits = layer(w, "head.1" if task == "mae linprobe" else "head", x)
+        right = logits.topk(5).indices == labels[:, None]
+        return [100 * right[:, :k].any(dim=1).double().mean().item() for k in (1, 5)]
+    assert accuracies("train")[0] > 70
+    assert accuracies("val") == pytest.approx([records(tmp_path)[-1][name] for name in ("top1", "top5")])
+
+
+@pytest.mark.parametrize("method, tiny", [(mae, TINY_FLAGS), (maskfeat, MASKFEAT_FLAGS),
+                                          (vjepa, [*VJEPA_FLAGS, "--still"])])
+def test_probes_are_fitted_on_training_images_and_tested_on_others(method, tiny, seven, tmp_path, monkeypatch, capsys):
+    """Training images are told by their colour, validation images cannot be told."""
+    main(monkeypatch, "--data", seven, *tiny, "--steps", 1, "--out", tmp_path, method=method)
+    accuracy = re.search(r"chance 14.3 %, .* % before training, (.*) % after", capsys.readouterr().out)[1]
+    assert float(accuracy) < 40
+    assert records(tmp_path)[0]["knn"] < 40 and records(tmp_path)[0]["score_knn"] > 90
+
+
+def test_drop_path_and_mixup_are_drawn_by_process(folder, tmp_path, monkeypatch):
+    seeds, join_processes, forward = {0: set(), 1: set()}, mae.join_processes, common.ViT.forward
+
+    def note(model, pixels):
+        seeds[rank].update([torch.initial_seed()] * model.training)
+        return forward(model, pixels)
+    monkeypatch.setattr(common.ViT, "forward", note)
+    for rank in seeds:
+        def join(args):
+            device, args.rank = join_processes(args), rank
+            return device
+        monkeypatch.setattr(mae, "join_processes", join)
+        main(monkeypatch, "--data", folder, "--steps", 2, "--out", tmp_path, "--fresh", *FINETUNE_FLAGS)
+    assert len(seeds[0]) == len(seeds[1]) == 2 and len(seeds[0] | seeds[1]) == 4  # and each step has its own
 
 
 def test_signals_crashes_and_a_full_disk_lose_nothing(folder, tmp_path, monkeypatch):
@@ -2531,13 +2718,7 @@ def test_where_a_checkpoint_cannot_be_written_all_processes_say_so(name, folder,
 
 def test_what_a_checkpoint_says_of_the_flags(tmp_path, monkeypatch):
     """Of the method's own file also the masks, the decoder and --still, of another method's the encoder alone."""
-    def parse(method, *words):
-        kept = []
-        monkeypatch.setattr(sys, "argv", [f"{method.__name__}.py", *map(str, words), "--device", "cpu"])
-        monkeypatch.setattr(method, "TASKS", {task: (kept.append, *others) for task, (_, *others) in
-                                              method.TASKS.items()})
-        method.main()
-        return kept.pop()
+    parse = functools.partial(parsed, monkeypatch)
 
     def write(name, flags, weights, **changes):
         torch.save({"model": weights, "settings": {name: flag.value for name, flag in flags.items()} | changes},
@@ -2595,6 +2776,22 @@ def test_the_picture_shows_what_the_prediction_gets_back(normalised, tmp_path, m
         means = original.mean(dim=2, keepdim=True).expand_as(original)
         assert torch.allclose(between[0][masked], means[masked], atol=1e-5)
         assert not torch.allclose(between[0][masked], reconstruction[masked], atol=1e-3)
+
+
+@pytest.mark.parametrize("method, model", [
+    (mae, functools.partial(tiny_mae, decoder_dim=512, decoder_depth=8, decoder_heads=16)),
+    (maskfeat, tiny_maskfeat), (vjepa, tiny_vjepa)])
+def test_pictures_show_the_image_whatever_its_normalisation(method, model, folder, tmp_path, monkeypatch):
+    weights = model().state_dict()
+    torch.save({"model": weights}, tmp_path / "last.pth")
+    image = folder / "test/coffee/4.png"
+    flags = ["--mean", 0.1, 0.2, 0.3, "--std", 0.4, 0.5, 0.6, "--image", image, "--out", tmp_path]
+    flags += ["--frames", 4, "--image-size", 32] if method is vjepa else []
+    main(monkeypatch, "show", "--init", tmp_path / "last.pth", *flags, method=method)
+    picture, = tmp_path.glob("*.png")
+    shown = torch.from_numpy(np.array(Image.open(picture)))[4:228, 4:228].permute(2, 0, 1)
+    original = data.CentreCrop(32)(Image.open(image).convert("RGB"))
+    assert (shown[:, 3::7, 3::7].int() - original.int()).abs().max() <= 1  # each pixel enlarged to 7 x 7
 
 
 def readme_commands():
