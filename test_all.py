@@ -698,7 +698,8 @@ def test_augmentation_depends_on_the_seed_alone():
         torch.manual_seed(args.workers)
         runs.append(torch.cat([x for x, _ in data.training_loader(first, args, torch.device("cpu"), 0)]))
     assert torch.equal(*runs)
-    assert not torch.equal(first[0, 5][0], first[0, 6][0])
+    other = data.Samples(source, data.strong_augmentation(args), seed=2)
+    assert not torch.equal(first[0, 5][0], first[0, 6][0]) and not torch.equal(first[0, 5][0], other[0, 5][0])
     magnitudes = [t.magnitude for t in data.strong_augmentation(args).transforms if hasattr(t, "magnitude")]
     assert magnitudes == [27]  # of 30, as 9 of 10
 
@@ -1767,24 +1768,32 @@ def test_a_collapse_is_noticed(tmp_path, monkeypatch, capsys):
 # -------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_finetune_linprobe_and_show_by_command_line(checkpoint, folder, tmp_path, monkeypatch, capsys):
-    flags = ["--recipe", "demo", "--data", folder, "--init", checkpoint, "--batch-size", 8, "--workers", 0]
-    strong = ["--mixup", 0.8, "--cutmix", 1, "--randaugment", 9, "--erasing", 0.25, "--drop-path", 0.1]
-    main(monkeypatch, "finetune", *flags, *strong, "--out", tmp_path / "f", "--epochs", 1, "--image-size", "32x40")
-    record = records(tmp_path / "f")[-1]
-    assert {"step", "loss", "lr", "top1", "top5"} <= set(record)
-    capsys.readouterr()
-    main(monkeypatch, "finetune", "--eval-only", "--data", folder, "--init", tmp_path / "f/last.pt", "--workers", 0)
-    assert f"top-1 {record['top1']:.2f}" in capsys.readouterr().out
+@pytest.mark.parametrize("method, tiny", [(mae, TINY_FLAGS), (maskfeat, MASKFEAT_FLAGS)])
+def test_tasks_on_images_by_command_line(method, tiny, folder, tmp_path, monkeypatch, capsys):
+    def printed(*arguments):
+        main(monkeypatch, *arguments, "--device", "cpu", "--workers", 0, method=method)
+        return "".join(capsys.readouterr())
 
-    main(monkeypatch, "linprobe", *flags, "--out", tmp_path / "l", "--steps", 3)
-    before, after = common.read_weights(checkpoint)[0], common.read_weights(tmp_path / "l/last.pt")[0]
-    assert torch.equal(before["blocks.0.attn.qkv.weight"], after["blocks.0.attn.qkv.weight"])  # frozen
-    assert after["head.1.weight"].shape == (2, 128)
+    init = tmp_path / "run/last.pt"
+    report = printed("--data", folder, "--out", tmp_path / "run", "--steps", 2, *tiny, "--masking", "block")
+    assert "before training" in report and "1 of 24 files" in report and len(losses(tmp_path / "run")) == 2
+    flags = ["--recipe", "demo", "--data", folder, "--init", init, "--batch-size", 8]
+    strong = ["--mixup", 0.8, "--cutmix", 1, "--randaugment", 9, "--erasing", 0.25, "--drop-path", 0.1]
+    report = printed("finetune", *flags, *strong, "--out", tmp_path / "f", "--epochs", 1, "--image-size", "32x40")
+    record = records(tmp_path / "f")[-1]
+    assert {"step", "loss", "lr", "top1", "top5"} <= set(record) and f"top-1 {record['top1']:.2f}" in report
+    report = printed("finetune", "--eval-only", "--data", folder, "--init", tmp_path / "f/last.pt")
+    assert f"top-1 {record['top1']:.2f}" in report
 
     image = next((folder / "test/coffee").glob("*.png"))
-    main(monkeypatch, "show", "--init", checkpoint, "--image", image, "--out", tmp_path / "s")
-    assert Image.open(tmp_path / "s/reconstruction.png").width > 3 * 32
+    printed("show", "--init", init, "--image", image, "--out", tmp_path / "s")
+    picture, = (tmp_path / "s").glob("*.png")
+    assert Image.open(picture).size == (4 * 224 + 5 * 4, 224 + 2 * 4)
+    if method is mae:
+        printed("linprobe", *flags, "--out", tmp_path / "l", "--steps", 3)
+        before, after = common.read_weights(init)[0], common.read_weights(tmp_path / "l/last.pt")[0]
+        assert torch.equal(before["blocks.0.attn.qkv.weight"], after["blocks.0.attn.qkv.weight"])  # frozen
+        assert after["head.1.weight"].shape == (2, 128)
 
 
 @pytest.mark.parametrize("method, tiny, where", [
@@ -2218,24 +2227,6 @@ def test_an_array_that_claims_to_be_huge_is_not_read(tmp_path):
         data.read_image(tmp_path / "a.npy", 5)
 
 
-def test_maskfeat_on_images_by_command_line(folder, tmp_path, monkeypatch, capsys):
-    def maskfeat_main(*arguments):
-        main(monkeypatch, *arguments, "--device", "cpu", "--workers", 0, method=maskfeat)
-        return capsys.readouterr()
-
-    out = tmp_path / "run"
-    printed = maskfeat_main("--data", folder, "--out", out, "--steps", 2, *MASKFEAT_FLAGS, "--masking", "block")
-    assert "before training" in printed.out and "1 of 24 files" in printed.err and len(losses(out)) == 2
-    flags = ["--recipe", "demo", "--data", folder, "--batch-size", 8, "--epochs", 1, "--image-size", "32x40"]
-    strong = ["--mixup", 0.8, "--cutmix", 1, "--randaugment", 9, "--erasing", 0.25, "--drop-path", 0.1]
-    printed = maskfeat_main("finetune", *flags, *strong, "--init", out / "last.pt", "--out", tmp_path / "f")
-    record = records(tmp_path / "f")[-1]
-    assert {"step", "loss", "lr", "top1"} <= set(record) and f"top-1 {record['top1']:.2f}" in printed.out
-    image = next((folder / "test/coffee").glob("*.png"))
-    maskfeat_main("show", "--init", out / "last.pt", "--image", image, "--out", tmp_path / "s")
-    assert Image.open(tmp_path / "s/prediction.png").size == (4 * 224 + 5 * 4, 224 + 2 * 4)
-
-
 def test_maskfeat_on_videos_by_command_line(videos, tmp_path, monkeypatch, capsys):
     def maskfeat_main(*arguments):
         main(monkeypatch, *arguments, "--device", "cpu", "--workers", 0, method=maskfeat)
@@ -2247,8 +2238,11 @@ def test_maskfeat_on_videos_by_command_line(videos, tmp_path, monkeypatch, capsy
                             "--target", "pixels", "--out", out)
     assert "validation samples: chance " in printed and Image.open(out / "prediction.png").height == 2 * 224 + 3 * 4
     flags += ["--init", out / "last.pt"]
+    segments, read_clips = [], data.read_clips
+    monkeypatch.setattr(data, "read_clips", lambda *inputs: segments.append(inputs[3]) or read_clips(*inputs))
     printed = maskfeat_main("finetune", *flags, "--views", 3, "--steps", 2, "--randaugment", 7, "--mixup", 0.8,
                             "--out", tmp_path / "f")
+    assert [count for count, _ in itertools.groupby(filter(None, segments))] == [1, 3]  # more in the last test alone
     top1, _ = printed.splitlines()[-2:]
     assert "top-1" in top1
     flags = ["--recipe", "demo", "--data", videos, "--init", tmp_path / "f/last.pt", "--stride", 2]
