@@ -1015,8 +1015,9 @@ def test_satmae_loss_equals_the_obvious_computation(norm_pix_loss):
         x[b, visible[b]] = latent[b, 1:]
     mask = mask_of(masked, 48)
     x = torch.cat([latent[:, :1], x], dim=1) + model.decoder_positions(None)
-    x = model.decoder_norm(model.decoder_blocks[0](x))[:, 1:].view(2, 3, 16, 48)
-    outputs = [model.decoder_pred[g](x[:, g]).view(2, 16, -1, 64) for g in range(3)]
+    w = model.state_dict()
+    x = norm(w, "decoder_norm", plain_blocks(w, "decoder_blocks", x, heads=2))[:, 1:].view(2, 3, 16, 48)
+    outputs = [layer(w, f"decoder_pred.{g}", x[:, g]).view(2, 16, -1, 64) for g in range(3)]
     predicted = torch.cat(outputs, dim=2)  # (2, 16, 5, 64)
     total, removed = 0.0, 0
     for b in range(2):
@@ -2537,19 +2538,21 @@ def test_maskfeat_learns(folder, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-def broken_checkpoint(path):
-    (path / "broken.pt").write_bytes(b"not a checkpoint")
-    return path / "broken.pt"
+def written(name, content):
+    """A function that writes a file into a folder, bytes or a checkpoint, and returns its path."""
+    def write(folder):
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            torch.save(content, folder / name)
+        return folder / name
+    return write
 
 
-def other_checkpoint(path):
-    torch.save({"model": {"fc.weight": torch.zeros(2, 2)}}, path / "other.pt")
-    return path / "other.pt"
-
-
-def checkpoint_of_images(path):
-    torch.save({"model": filled(vit_table())}, path / "images.pt")
-    return path / "images.pt"
+broken_checkpoint = written("broken.pt", b"not a checkpoint")
+other_checkpoint = written("other.pt", {"model": {"fc.weight": torch.zeros(2, 2)}})
+checkpoint_of_images = written("images.pt", {"model": filled(vit_table())})
+broken_list = written("list.bin", bytes(range(256)))
 
 
 def empty_folder(path):
@@ -2568,11 +2571,6 @@ def unreadable_folder(path):
     (path / "unreadable").mkdir()
     (path / "unreadable/a.jpg").write_text("no image")
     return path / "unreadable"
-
-
-def broken_list(path):
-    (path / "list.bin").write_bytes(bytes(range(256)))
-    return path / "list.bin"
 
 
 def unknown_class(path):
