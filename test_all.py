@@ -19,6 +19,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import skimage.data
 import tifffile
 import torch
 import torch.nn.functional as F
@@ -203,6 +204,13 @@ def no_probe(monkeypatch):
     monkeypatch.setattr(data, "print_probe", lambda *_: None)
     for method in (mae, maskfeat, vjepa):
         monkeypatch.setattr(method, "save_picture", lambda *_: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def photographs_are_read_once():
+    """In each process of the tests, where most runs would read all of them, twice."""
+    for name in data.Photographs.classes:
+        setattr(skimage.data, name, functools.cache(getattr(skimage.data, name)))
 
 
 @pytest.fixture(scope="session")
@@ -638,6 +646,7 @@ def test_schedules_and_the_optimizer_of_each_task(task, rates, betas, weight_dec
             shape = state["momentum_buffer" if betas is None else "exp_avg"].shape
             decays = len(shape) > 1 and not (task == "mae finetune" and shape[0] == 1)  # nor class token and positions
             assert group["weight_decay"] == pytest.approx(weight_decay * decays)
+            assert shape[0] != 2 or group["lr"] == pytest.approx(records(tmp_path)[-1]["lr"])  # the head of two classes
     layers = range(6) if "finetune" in task else [0]  # head, four blocks, embedding
     rates = {group["lr"] for group in optimizer["param_groups"]}
     last = records(tmp_path)[-1]["lr"]
@@ -735,7 +744,7 @@ def test_a_rectangle_is_erased_by_noise_of_the_normalised_image():
 def test_training_and_validation_pictures_are_disjoint_regions():
     train, val = data.Photographs(True), data.Photographs(False)
     for name, a, b in zip(train.classes, train.regions, val.regions):
-        whole = getattr(__import__("skimage.data").data, name)()
+        whole = getattr(skimage.data, name)()
         height, width = (whole[0] if isinstance(whole, tuple) else whole).shape[:2]
         sums = (a.width + b.width, a.height) if width >= height else (a.width, a.height + b.height)
         assert sums == (width, height) and a.width * a.height > b.width * b.height
@@ -1794,6 +1803,8 @@ def test_tasks_on_images_by_command_line(method, tiny, folder, tmp_path, monkeyp
         printed("linprobe", *flags, "--out", tmp_path / "l", "--steps", 3)
         before, after = common.read_weights(init)[0], common.read_weights(tmp_path / "l/last.pt")[0]
         assert torch.equal(before["blocks.0.attn.qkv.weight"], after["blocks.0.attn.qkv.weight"])  # frozen
+        names = {name for name in after if name.startswith("head.0")}  # nothing of BatchNorm is learned
+        assert names == {f"head.0.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
         assert after["head.1.weight"].shape == (2, 128)
 
 
@@ -1876,7 +1887,8 @@ def test_flags_change_the_run(task, flags, request, tmp_path, monkeypatch, no_pr
 def test_the_accuracy_of_a_classifier_is_that_of_its_weights(task, seven, tmp_path, monkeypatch):
     """By plain functions, on training images, which it learns, and on validation images, which no one could."""
     method, tiny, _ = TASKS[task]
-    main(monkeypatch, "--data", seven, *tiny, "--steps", 40, "--out", tmp_path, method=method)
+    flags = ["--drop-path", 0.3] if "finetune" in task else []  # not in tests
+    main(monkeypatch, "--data", seven, *tiny, *flags, "--steps", 40, "--out", tmp_path, method=method)
     w = common.read_checkpoint(tmp_path / "last.pt")["model"]
 
     def accuracies(split):
