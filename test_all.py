@@ -619,7 +619,8 @@ RISES_FROM_0, RISES_FROM_HALF = [0, 0.5, 1, 0.6], [0.5, 1, 0.6, 0.2]
 
 @pytest.mark.parametrize("task, rates, betas, weight_decay", [
     ("mae", [0, 0.5, 1, 0.5], (0.9, 0.95), 0.1), ("maskfeat", RISES_FROM_0, (0.9, 0.999), 0.1),
-    ("vjepa", [0.75, 1, 0.2 + 0.8 * falling(1 / 6), 0.2 + 0.8 * falling(2 / 6)], (0.9, 0.999), 0.2),
+    ("vjepa", [0.75, 1, 0.2 + 0.8 * falling(1 / 14), 0.2 + 0.8 * falling(2 / 14)], (0.9, 0.999),
+     0.3 - 0.2 * falling(4 / 16)),
     ("mae finetune", RISES_FROM_0, (0.9, 0.999), 0.1), ("mae linprobe", RISES_FROM_0, None, 0.1),
     ("maskfeat finetune", RISES_FROM_0, (0.9, 0.999), 0.1), ("vjepa probe", RISES_FROM_HALF, (0.9, 0.999), 0.3),
     ("vjepa finetune", RISES_FROM_HALF, (0.9, 0.999), 0.3)])
@@ -631,12 +632,12 @@ def test_schedules_and_the_optimizer_of_each_task(task, rates, betas, weight_dec
     flags += ["--final-weight-decay", 0.3] if method is vjepa else []
     flags += ["--layer-decay", 0.5] if "finetune" in task else []
     if task == "vjepa":
-        flags += ["--start-lr", 0.5, "--stretch", 2, "--momentum", 0.5, "--final-momentum", 0.9]
+        flags += ["--start-lr", 0.5, "--stretch", 4, "--momentum", 0.5, "--final-momentum", 0.9]
     main(monkeypatch, "--data", request.getfixturevalue(where), *tiny, *flags, "--out", tmp_path, method=method)
     assert [record["lr"] for record in records(tmp_path)] == pytest.approx([1e-4 * rate for rate in rates])
     if task == "vjepa":
         momenta = [record["momentum"] for record in records(tmp_path)]
-        assert momenta == pytest.approx([0.5, 0.55, 0.6, 0.65])
+        assert momenta == pytest.approx([0.5, 0.525, 0.55, 0.575])
 
     optimizer = common.read_checkpoint(tmp_path / "last.pt")["optimizer"]
     for group in optimizer["param_groups"]:
