@@ -1,17 +1,17 @@
-"""Images and clips in, batches out: the photographs that ship with scikit-image, folders of images or videos, CIFAR-10.
+"""Images and clips in, batches with masks out: built-in photographs, folders, lists, CIFAR-10.
 
-A *source* is a dataset of (pixels, label): a PIL image; floats (C, H, W) in [0, 1] where there are not 1 or 3 channels;
-clips of a video, bytes (segments, T, C, H, W); or a series of images of a place, floats (dates, C, H, W), and as a
-third item its stamps (dates, 3): years since 2002, months and hours from 0. `Samples` adds the augmentation,
-`step_batches` decides which samples make up which step. Every draw of a sample has its own seed, so what a step sees
-depends on (seed, step) alone: not on the number of workers or processes, nor on whether the run was interrupted. A
-batch on the device is normalised: images (B, C, H, W), series (B, C, dates, H, W), and clips always (B, views,
-segments, C, T, H, W), where segments are parts of the time of a video and views parts of its frames.
+A *source* is a data set of (pixels, label), where pixels are a PIL image; floats (C, H, W) of files
+of 16 bits or of other channels than 1 or 3; bytes (segments, T, C, H, W), the clips of a video; or
+floats (dates, C, H, W), images of one place, then with a third item, their time stamps (dates, 3):
+years since 2002, months and hours from 0.
+
+`Samples` adds a transform and, for pre-training, a mask; `Loader` makes normalized batches on the
+device. Each sample of a run has a position, 0, 1, 2, ..., and each draw for it a seed made of
+(seed, purpose, position): what a step sees depends on no worker, process or interruption.
 """
 import atexit
 import contextlib
 import functools
-import itertools
 import math
 import multiprocessing
 import os
@@ -19,45 +19,48 @@ import random
 import re
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import InterpolationMode, v2
 
-from common import (AUGMENTATION_SEED, BUILT_IN_SEED, EPOCH_SEED, UserError, derive_seed, height_and_width,
-                    precision_of, read_checkpoint, sum_over_processes)
+from common import (BUILT_IN, EPOCH, MASK, SAMPLE, WARMUP_STEPS, ImageSize, Plan, UserError,
+                    all_reduce, derive_seed, get_rank, get_world_size, read_checkpoint)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy", ".npz", ".avif",
-               ".heic", ".heif")  # what Pillow cannot read on a machine is skipped and counted
+IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy", ".npz",
+               ".avif", ".heic", ".heif")  # what Pillow cannot read is skipped and counted
 VIDEO_FILES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 
-# ------------------------------------------------------------------------------------------------------------ sources
+# ------------------------------------------------------------------------------------------ sources
 
 
 class Photographs(Dataset):
-    """Squares of 96 to 160 pixels of the photographs that ship with scikit-image; the label says which photograph.
+    """Squares of 96 to 160 pixels of the photographs in scikit-image, which are the labels.
 
-    Training crops come from the first 60 % of a photograph along its longer side and validation crops from the rest, so
-    that recognising a photograph is not remembering a crop.
+    Training crops come from the first 60 % of a photograph along its longer side, validation crops
+    from the rest, so that recognizing a photograph is not remembering a crop.
     """
-    classes = ["astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field",
-               "immunohistochemistry", "moon", "page", "retina", "rocket", "stereo_motorcycle"]
+    classes = ["astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel",
+               "hubble_deep_field", "immunohistochemistry", "moon", "page", "retina", "rocket",
+               "stereo_motorcycle"]
 
-    def __init__(self, train, channels=3, length=6000):
+    def __init__(self, train: bool, channels: int = 3, length: int = 6000):
         import skimage.data
         self.regions, self.length = [], length
         for name in Photographs.classes:
             image = getattr(skimage.data, name)()
             image = image[0] if isinstance(image, tuple) else image  # the stereo pair: the left one
             axis = int(image.shape[1] >= image.shape[0])  # the longer side
-            parts = np.split(image, [int(0.6 * image.shape[axis])], axis)
-            self.regions.append(Image.fromarray(parts[0 if train else 1]).convert("RGB" if channels == 3 else "L"))
+            region = np.split(image, [int(0.6 * image.shape[axis])], axis)[0 if train else 1]
+            self.regions.append(Image.fromarray(region).convert("RGB" if channels == 3 else "L"))
 
     def __len__(self):
         return self.length
@@ -66,7 +69,7 @@ class Photographs(Dataset):
         label = index * len(self.classes) // self.length  # sorted by class, as a folder is
         region = self.regions[label]
         width, height = region.size
-        draw = torch.Generator().manual_seed(derive_seed(0, BUILT_IN_SEED, index))  # the same at every draw
+        draw = torch.Generator().manual_seed(derive_seed(0, BUILT_IN, index))  # always the same
         side = min(width, height, int(torch.randint(96, 161, (), generator=draw)))
         left = int(torch.randint(width - side + 1, (), generator=draw))
         top = int(torch.randint(height - side + 1, (), generator=draw))
@@ -74,16 +77,16 @@ class Photographs(Dataset):
 
 
 class Scenes(Photographs):
-    """Scenes as if seen by a satellite, made of the photographs: `channels` bands, at several dates.
+    """Scenes as if seen by a satellite, made of the photographs: `channels` bands, at some dates.
 
-    A band is a mixture of the colours, the last like near infrared (bright where there is green), with noise. At each
-    date the light is another: it goes by month and hour, and by chance.
+    A band is a mixture of the colors, with noise; the last is like near infrared, bright where
+    there is green. At each date the light differs, by month, hour and chance.
     """
 
-    def __init__(self, train, channels, dates=1, length=6000):
+    def __init__(self, train: bool, channels: int, dates: int = 1, length: int = 6000):
         super().__init__(train, 3, length)
         self.dates = dates
-        self.mixtures = np.random.default_rng(0).dirichlet(np.ones(3), channels)  # (C, 3), each with the sum 1
+        self.mixtures = np.random.default_rng(0).dirichlet(np.ones(3), channels)  # (C, 3)
         self.mixtures[-1] = (-0.5, 2.0, -0.5)
 
     def __getitem__(self, index):
@@ -91,67 +94,78 @@ class Scenes(Photographs):
         draw = np.random.default_rng(index)
         bands = np.asarray(image) / 255 @ self.mixtures.T  # (H, W, C)
         stamps = np.stack([draw.integers(end, size=self.dates) for end in (16, 12, 24)], axis=1)
-        light = 1 - 0.2 * np.cos(stamps[:, 1:] * (2 * math.pi / 12, math.pi / 12)).sum(axis=1)  # (dates,)
+        light = 1 - 0.2 * np.cos(stamps[:, 1:] * (2 * math.pi / 12, math.pi / 12)).sum(axis=1)
         light = light * draw.uniform(0.8, 1.2, self.dates)
-        series = light[:, None, None, None] * bands + draw.normal(0, 0.03, (self.dates, *bands.shape))
-        pixels = torch.from_numpy(series.astype(np.float32)).permute(0, 3, 1, 2)  # (dates, C, H, W)
-        return (pixels[0], label) if self.dates == 1 else (pixels, label, torch.from_numpy(stamps).float())
+        noise = draw.normal(0, 0.03, (self.dates, *bands.shape))
+        series = light[:, None, None, None] * bands + noise  # (dates, H, W, C)
+        pixels = torch.from_numpy(series.astype(np.float32)).permute(0, 3, 1, 2)
+        if self.dates == 1:
+            return pixels[0], label
+        return pixels, label, torch.from_numpy(stamps).float()
 
 
 class Clips(Photographs):
-    """Clips of a virtual camera that moves over collages: pans in 8 directions, zooms, rolls. No download.
+    """Clips of a virtual camera that moves over collages: pans in 8 directions, zooms, rolls.
 
-    A clip is (1, T, C, 64, 64), its label the motion. Each clip has a collage of its own, so that what is hidden cannot
-    be told from knowing the picture, only from what is seen and from how that moves. The photographs are the regions of
-    `Photographs`, smaller. With twice the stride the camera goes twice as far.
+    A clip is (1, T, C, 64, 64), its label the motion. Each has a collage of its own: what is masked
+    can be told only from what is visible and how it moves. Twice the frame stride is twice the way.
     """
-    classes = [f"pan {direction}" for direction in ("right", "down right", "down", "down left", "left", "up left", "up",
-                                                    "up right")] + ["zoom in", "zoom out", "roll left", "roll right"]
+    classes = ["pan right", "pan down right", "pan down", "pan down left", "pan left",
+               "pan up left", "pan up", "pan up right",
+               "zoom in", "zoom out", "roll left", "roll right"]
     side = 64  # pixels of a frame
 
-    def __init__(self, train, frames, channels=3, length=6000, stride=4):
+    def __init__(self, train: bool, frames: int, channels: int = 3, length: int = 6000,
+                 frame_stride: int = 4):
         super().__init__(train, channels, length)
-        self.pictures = [x.resize((int(scale * x.width), int(scale * x.height)), Image.BILINEAR)
-                         for x in self.regions for scale in (0.35, 0.5, 0.7)]
+        self.pictures = []
+        for x in self.regions:
+            for scale in (0.35, 0.5, 0.7):
+                size = int(scale * x.width), int(scale * x.height)
+                self.pictures.append(x.resize(size, Image.BILINEAR))
         y, x = np.mgrid[-1:1:128j, -1:1:128j]
         self.disc = Image.fromarray(x ** 2 + y ** 2 < 1)
-        self.train, self.frames, self.speed = train, frames, stride / 4
+        self.train, self.frames, self.speed = train, frames, frame_stride / 4
 
     def collage(self, draw, side=160, pieces=24):
-        """A scene of side x side pixels: a part of a photograph, and squares and discs of others laid over it."""
-        def part(size):  # a square of any photograph, turned or mirrored, enlarged only if the photograph is too small
+        """A scene of side x side pixels: squares and discs of photographs laid over one another."""
+        def part(size):  # a square of any photograph, turned or mirrored, enlarged only if need be
             picture = draw.choice(self.pictures)
             cut = min(size, *picture.size)
             left, top = draw.randint(0, picture.width - cut), draw.randint(0, picture.height - cut)
-            image = picture.crop((left, top, left + cut, top + cut)).transpose(draw.choice(list(Image.Transpose)))
+            image = picture.crop((left, top, left + cut, top + cut))
+            image = image.transpose(draw.choice(list(Image.Transpose)))
             return image if cut == size else image.resize((size, size), Image.BILINEAR)
 
         scene = part(side)
         for _ in range(pieces):
             size = draw.randint(20, 70)
-            corner = draw.randrange(-size, side), draw.randrange(-size, side)  # the edges of the scene may cut it
-            scene.paste(part(size), corner, self.disc.resize((size, size)) if draw.random() < 0.5 else None)
+            corner = draw.randrange(-size, side), draw.randrange(-size, side)
+            square = part(size)
+            shape = self.disc.resize((size, size)) if draw.random() < 0.5 else None
+            scene.paste(square, corner, shape)
         return scene
 
     def __getitem__(self, index):
-        draw = random.Random(derive_seed(0, BUILT_IN_SEED, index, int(self.train)))  # the same at every draw
+        draw = random.Random(derive_seed(0, BUILT_IN, index, int(self.train)))  # always the same
         scene = self.collage(draw)
         motion, strength = draw.randrange(len(self.classes)), draw.uniform(0.5, 1)
         time = self.speed * strength * np.linspace(-0.5, 0.5, self.frames)
-        x, y, zoom, angle = np.zeros((4, self.frames))  # the camera: x and y in sides of the picture, angle in radians
+        x, y, zoom, angle = np.zeros((4, self.frames))  # in sides of the picture, radians
         if motion < 8:
-            x, y = 0.6 * time * np.cos(motion * math.pi / 4), 0.6 * time * np.sin(motion * math.pi / 4)
+            direction = motion * math.pi / 4
+            x, y = 0.6 * time * np.cos(direction), 0.6 * time * np.sin(direction)
         elif motion < 10:
-            zoom = 0.7 * time * (-1 if motion == 8 else 1)  # a smaller window shows things larger
+            zoom = 0.7 * time * (-1 if motion == 8 else 1)  # a smaller window: larger things
         else:
             angle = 0.8 * time * (1 if motion == 10 else -1)
         half = np.exp(zoom) * (abs(np.cos(angle)) + abs(np.sin(angle))) / 2
-        reach = [(abs(x) + half).max(), (abs(y) + half).max()]  # from the middle, sides: the camera stays in the scene
+        reach = [(abs(x) + half).max(), (abs(y) + half).max()]  # the camera stays in the scene
         side = min(draw.uniform(48, 72), scene.width / (2 * max(reach)))
         middle = [side * r + draw.random() * (scene.width - 2 * side * r) for r in reach]
 
-        film = Image.new(scene.mode, (self.side, self.frames * self.side))  # the frames, one below the other
-        for t in range(self.frames):  # PIL asks where in the scene each pixel of the frame comes from
+        film = Image.new(scene.mode, (self.side, self.frames * self.side))  # one below the other
+        for t in range(self.frames):  # PIL asks where in the scene each pixel comes from
             step = side / self.side * math.exp(zoom[t])
             cos, sin = step * math.cos(angle[t]), step * math.sin(angle[t])
             corner = [middle[0] + side * x[t] - (cos - sin) * self.side / 2,
@@ -164,90 +178,99 @@ class Clips(Photographs):
 
 
 class Files(Dataset):
-    """Files with labels, [(path, label)]: images, or with frames > 1 videos and folders of frames (see `read_clips`),
-    or with dates > 1 folders of images of a place (see `read_series`). Raises what the readers raise.
+    """Files with labels, [(path, label)]: images, or with frames > 1 videos (see `read_clips`), or
+    with dates > 1 folders of images of a place (see `read_series`).
 
-    segments: so many clips evenly over each video, and dates evenly over all; None: one clip, and dates, at random.
+    segments: number of clips, evenly spaced over each video; None: one, at a random time.
     """
 
-    def __init__(self, found, channels=3, frames=1, stride=1, dates=1):
-        self.channels, self.frames, self.stride, self.dates = channels, frames, stride, dates
-        self.segments = None
-        # Arrays and not lists: workers share their memory, where each would end up with a copy of a list's objects.
-        self.names = np.array([os.fsencode(name) for name, _ in found])
-        self.labels = np.array([label for _, label in found])
-        self.unreadable = torch.zeros(len(found), dtype=torch.bool).share_memory_()  # one memory for all workers
+    def __init__(self, files: list, channels: int = 3, frames: int = 1, frame_stride: int = 1,
+                 dates: int = 1):
+        self.channels, self.frames, self.frame_stride = channels, frames, frame_stride
+        self.dates, self.segments = dates, None
+        # Arrays, whose memory workers share: each would end up with a copy of a list's objects.
+        self.names = np.array([os.fsencode(name) for name, _ in files])
+        self.labels = np.array([label for _, label in files])
+        self.unreadable = torch.zeros(len(files), dtype=torch.bool).share_memory_()
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, index):
-        path = os.fsdecode(self.names[index])
+        path, label = os.fsdecode(self.names[index]), int(self.labels[index])
         if self.dates > 1:
             pixels, stamps = read_series(path, self.dates, self.channels, not self.segments)
-            return pixels, int(self.labels[index]), stamps
+            return pixels, label, stamps
         if self.frames > 1:
-            return read_clips(path, self.frames, self.stride, self.segments, self.channels), int(self.labels[index])
-        return read_image(path, self.channels), int(self.labels[index])
+            clips = read_clips(path, self.frames, self.frame_stride, self.segments, self.channels)
+            return clips, label
+        return read_image(path, self.channels), label
 
-    def skip(self, index, error):
-        """Note a file that cannot be read. The first ten are named on stderr, the others only counted."""
-        named = int(self.unreadable.sum())
-        if self.unreadable[index] or named > 10:
-            self.unreadable[index] = True
-            return
+    def skip(self, index: int, error: Exception) -> None:
+        """Count a file that cannot be read, and name it on stderr if it is among the first ten."""
+        is_new, before = not self.unreadable[index], int(self.unreadable.sum())
         self.unreadable[index] = True
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"\nskipped, since it cannot be read: {os.fsdecode(self.names[index])} ({reason})" if named < 10 else
-              "\nmore files cannot be read: from here on they are only counted", file=sys.stderr)
+        if is_new and before < 10:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            name = os.fsdecode(self.names[index])
+            print(f"\nskipped, since it cannot be read: {name} ({reason})", file=sys.stderr)
+        elif is_new and before == 10:
+            print("\nmore files cannot be read: they are only counted", file=sys.stderr)
 
 
-def is_system_name(name):
-    """Whether a file or folder is none of the user's data, as .ipynb_checkpoints, ._photo.jpg, @eaDir, __MACOSX."""
+def is_system_name(name: str) -> bool:
+    """Whether a name is none of the user's: .ipynb_checkpoints, ._photo.jpg, @eaDir, __MACOSX."""
     return name.startswith(".") or name in ("@eaDir", "__MACOSX")
 
 
-def image_names(folder):
+def image_names(folder: str | Path) -> list[str]:
     """The names of the images in a folder, in the order of the numbers in them."""
-    names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_FILES) and not is_system_name(name)]
-    return sorted(names, key=lambda name: [int(part) if part.isdecimal() else part
-                                           for part in re.split(r"(\d+)", name)])
+    def numbers_in(name):
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    names = [name for name in os.listdir(folder)
+             if name.lower().endswith(IMAGE_FILES) and not is_system_name(name)]
+    return sorted(names, key=numbers_in)
 
 
-def find_files(path, classes=None, clips=False, series=False):
-    """[(path, label)] of all images below a folder, at any depth, or of a list; given class names, with their numbers
-    as labels, and below the folders of these names alone.
+def find_files(path: str | Path, classes: list[str] | None = None, clips: bool = False,
+               series: bool = False) -> list[tuple[str, int]]:
+    """[(path, label)] of all images below a folder, at any depth, or of a list.
 
-    With `clips`, of all videos, and of all folders that hold images and no video. With `series`, of all folders that
-    hold images. Raises UserError if there are none.
+    Given class names: below their folders alone, with their numbers as labels. `clips`: all videos,
+    and folders that hold images and no video. `series`: all folders that hold images. Raises
+    UserError if there are none.
     """
     if Path(path).is_file():
         numbers = {name: number for number, name in enumerate(classes or [])}
         return [(name, numbers.get(label, 0)) for name, label in read_list(path)]
     found, endings = [], () if series else VIDEO_FILES if clips else IMAGE_FILES
-    # Links are followed, but each folder is read once: a link may point at a folder above it, or at another class.
+    # Each folder once: a link may point at a folder above it, or at another class.
     visited = {os.path.realpath(Path(path, folder)) for folder in ("", *(classes or []))}
     for label, folder in enumerate(classes or [""]):
         for where, folders, names in os.walk(Path(path, folder), followlinks=True):
             names = [name for name in names if not is_system_name(name)]
             files = [os.path.join(where, name) for name in names if name.lower().endswith(endings)]
-            if (clips or series) and not files and any(name.lower().endswith(IMAGE_FILES) for name in names):
+            has_images = any(name.lower().endswith(IMAGE_FILES) for name in names)
+            if (clips or series) and not files and has_images:
                 files = [where]
             found += [(name, label) for name in files]
             targets = {name: os.path.realpath(os.path.join(where, name)) for name in folders}
-            folders[:] = [name for name in folders if targets[name] not in visited and not is_system_name(name)]
+            folders[:] = [name for name in folders
+                          if targets[name] not in visited and not is_system_name(name)]
             visited.update(targets.values())
     if not found:
-        wanted = "folder of images" if series else "video and no folder of frames" if clips else "image"
+        wanted = "video and no folder of frames" if clips else "image"
+        if series:
+            wanted = "folder of images"
         raise UserError(f"there is no {wanted} below {path}")
     return sorted(found)
 
 
-def read_list(path):
-    """[(path, label or None)] of a text file of `path label` lines, or of paths alone, relative to its own folder.
+def read_list(path: str | Path) -> list[tuple[str, str | None]]:
+    """[(path, label or None)] of a text file of lines `path label` or `path`, relative to it.
 
-    Raises UserError for a line that names no image, video or folder (a header, a comment, another separator), and for
-    labels that are numbers in some lines only.
+    Raises UserError for a line that names no image, video or folder (a header, another separator),
+    and for labels that are numbers in some lines only.
     """
     try:
         if os.path.getsize(path) > 2 ** 30:
@@ -259,37 +282,38 @@ def read_list(path):
     if not numbered:
         raise UserError(f"{path} is empty")
     pairs = [line.rsplit(maxsplit=1) for _, line in numbered]
-    if any(len(pair) < 2 or pair[1].lower().endswith(IMAGE_FILES + VIDEO_FILES) for pair in pairs):
+    files = IMAGE_FILES + VIDEO_FILES
+    if any(len(pair) < 2 or pair[1].lower().endswith(files) for pair in pairs):
         pairs = [(line, None) for _, line in numbered]
     folder = Path(path).parent
     for (number, line), (name, _) in zip(numbered, pairs):
-        if not name.lower().endswith(IMAGE_FILES + VIDEO_FILES) and not os.path.isdir(folder / name):
+        if not name.lower().endswith(files) and not os.path.isdir(folder / name):
             raise UserError(f"line {number} of {path} names no image, video or folder: {line[:80]}")
     labels = {label for _, label in pairs} - {None}
     numbers = {label for label in labels if label.isdecimal()}
     if numbers and numbers != labels:
-        raise UserError(f"{path} has the label {min(labels - numbers)} among labels that are numbers, such as "
-                        f"{min(numbers)}")
+        raise UserError(f"{path} has the label {min(labels - numbers)} among labels that are "
+                        f"numbers, such as {min(numbers)}")
     return [(str(folder / name), label) for name, label in pairs]
 
 
-def class_names(path):
-    """The names of the folders in a folder, or the labels of a list, numbers in their order; [] if there are none."""
+def class_names(path: Path) -> list[str]:
+    """The names of a folder's folders, or the labels of a list, numbers in their order."""
     if path.is_dir():
-        return sorted(p.name for p in path.iterdir() if p.is_dir() and not is_system_name(p.name))
+        return sorted(x.name for x in path.iterdir() if x.is_dir() and not is_system_name(x.name))
     labels = {label for _, label in read_list(path)} - {None}
     return sorted(labels, key=lambda label: (int(label) if label.isdecimal() else -1, label))
 
 
-def read_image(path, channels=3):
-    """A PIL image (RGB, or grey for 1 channel), or floats (C, H, W) of 16-bit files and any other number of channels.
+def read_image(path: str | Path, channels: int = 3) -> Image.Image | Tensor:
+    """A PIL image (RGB, or gray for 1 channel), or floats (C, H, W) of 16 bits or other channels.
 
-    uint8 and uint16 are scaled to [0, 1]; other numbers, whose range is not known, are taken as they are. Raises
-    ValueError for other channels than asked for, for sizes that could be a decompression bomb, and for values that are
-    not finite.
+    uint8 and uint16 are scaled to [0, 1]; other numbers, of unknown range, stay as they are. Raises
+    ValueError for other channels than asked for, a size that could be a decompression bomb, and
+    values that are not finite.
     """
     suffix, array = Path(path).suffix.lower(), None
-    if suffix in (".npy", ".npz"):  # (H, W), (H, W, C) or (C, H, W); mapped: no larger than the file
+    if suffix in (".npy", ".npz"):  # (H, W), (H, W, C) or (C, H, W)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if suffix == ".npz":
             if array.zip.infolist()[0].file_size > 16 * Image.MAX_IMAGE_PIXELS:
@@ -302,11 +326,12 @@ def read_image(path, channels=3):
         if channels in (1, 3) and not image.mode.startswith(("I", "F")):
             return image.convert("RGB" if channels == 3 else "L")
         array = np.asarray(image)
-        array = array.astype(np.uint16) if image.mode == "I" and array.min() >= 0 and array.max() < 2 ** 16 else array
-    if array.ndim == 3 and array.shape[0] == channels != array.shape[2]:  # channels first, or a page for each
+        if image.mode == "I" and array.min() >= 0 and array.max() < 2 ** 16:
+            array = array.astype(np.uint16)
+    if array.ndim == 3 and array.shape[0] == channels != array.shape[2]:  # channels or pages first
         array = array.transpose(1, 2, 0)
     array = array[..., None] if array.ndim == 2 else array
-    if array.shape[-1] == 1 and channels == 3:  # grey
+    if array.shape[-1] == 1 and channels == 3:  # gray
         array = array.repeat(3, axis=-1)
     if array.ndim != 3 or array.shape[2] != channels or array.size == 0:
         raise ValueError(f"it has the shape {array.shape}, not {channels} channels")
@@ -316,36 +341,42 @@ def read_image(path, channels=3):
     return torch.from_numpy((array / scale).astype(np.float32)).permute(2, 0, 1)
 
 
-def read_tiff(path, channels):
-    """The array in a TIFF file, in any layout; or None for a plain photograph of 8 bits, which Pillow reads."""
+def read_tiff(path: str | Path, channels: int) -> np.ndarray | None:
+    """The array in a TIFF file, in any layout; None for an 8-bit photograph, which Pillow reads."""
     from tifffile import TiffFile  # scikit-image's reader
     with TiffFile(path) as file:
         page = file.pages.first
-        plain_grey_or_colour = page.photometric != 1 or page.samplesperpixel == 1  # 1: grey, or bands
-        if (channels in (1, 3) and len(file.pages) == 1 and page.bitspersample <= 8 and page.sampleformat == 1
-                and page.samplesperpixel <= 4 and plain_grey_or_colour):
+        gray_or_color = page.photometric != 1 or page.samplesperpixel == 1  # 1: gray, or bands
+        if (channels in (1, 3) and len(file.pages) == 1 and page.bitspersample <= 8
+                and page.sampleformat == 1 and page.samplesperpixel <= 4 and gray_or_color):
             return None
         if math.prod(file.series[0].shape) > 16 * Image.MAX_IMAGE_PIXELS:
             raise ValueError("it claims a size that could be a decompression bomb")
         return file.asarray()
 
 
-def read_series(folder, dates, channels, chosen_at_random):
-    """(images (dates, C, H, W), stamps (dates, 3)) of a folder of images of one place, whose names tell the time.
+def read_series(folder: str | Path, dates: int, channels: int,
+                at_random: bool) -> tuple[Tensor, Tensor]:
+    """(images (dates, C, H, W), stamps (dates, 3)) of a folder of images of one place.
 
-    A name has year, month, day and, if known, hour, such as 2016-03-24T10.tif. Of more images, so many are taken, at
-    random or evenly. Raises ValueError for names without a date, too few images, or images that differ in size.
+    Their names tell year, month, day and, if known, hour, such as 2016-03-24T10.tif. Of more images
+    some are taken, at random or evenly spaced. Raises ValueError for names without a date, too few
+    images, or images that differ in size.
     """
     names = sorted(image_names(folder))
-    pattern = r"(?<!\d)((?:19|20)\d\d)[-_]?(0[1-9]|1[0-2])[-_]?(?:0[1-9]|[12]\d|3[01])(?:T([01]\d|2[0-3])|(?!\d))"
+    pattern = (r"(?<!\d)((?:19|20)\d\d)[-_]?(0[1-9]|1[0-2])[-_]?(?:0[1-9]|[12]\d|3[01])"
+               r"(?:T([01]\d|2[0-3])|(?!\d))")
     times = [re.search(pattern, name) for name in names]
     if not all(times):
-        raise ValueError(f"{names[times.index(None)]} has no date in its name, such as 2016-03-24T10")
+        name = names[times.index(None)]
+        raise ValueError(f"{name} has no date in its name, such as 2016-03-24T10")
     if len(names) < dates:
         raise ValueError(f"it has {len(names)} images, fewer than {dates} dates")
-    at_random = torch.randperm(len(names))[:dates].sort().values.tolist()
-    chosen = at_random if chosen_at_random else evenly(len(names), dates)
-    images = [v2.functional.to_image(read_image(os.path.join(folder, names[i]), channels)) for i in chosen]
+    chosen = evenly_spaced(len(names), dates)
+    if at_random:
+        chosen = torch.randperm(len(names))[:dates].sort().values.tolist()
+    paths = [os.path.join(folder, names[i]) for i in chosen]
+    images = [v2.functional.to_image(read_image(path, channels)) for path in paths]
     if len({image.shape for image in images}) > 1:
         raise ValueError("its images differ in size")
     stamps = [[int(times[i][1]) - 2002, int(times[i][2]) - 1, int(times[i][3] or 0)] for i in chosen]
@@ -353,15 +384,15 @@ def read_series(folder, dates, channels, chosen_at_random):
     return images, torch.tensor(stamps, dtype=torch.float32)
 
 
-def read_clips(path, frames, stride, segments=None, channels=3):
-    """Clips (segments, T, C, H, W), bytes, of every `stride`-th frame of a video file or of a folder of frames.
+def read_clips(path: str | Path, frames: int, frame_stride: int, segments: int | None = None,
+               channels: int = 3) -> Tensor:
+    """Clips (segments, T, C, H, W), bytes, of every `frame_stride`-th frame of a video or folder.
 
-    So many, evenly over the video; for None one, which begins at a random time, drawn from torch's generator. A video
-    that is too short repeats its last frame. Time goes by the mean frame rate, so that a variable one does not bend the
-    motion. Only the frames asked for are read, and those that their compression depends on. Raises UserError where
-    torchcodec or FFmpeg is missing.
+    segments: their number, evenly spaced; None: one at a random time, from torch's generator. A
+    video that is too short repeats its last frame. Time goes by the mean frame rate, so that a
+    variable one does not bend the motion. Raises UserError without torchcodec or FFmpeg.
     """
-    if os.path.isdir(path):  # in the order of the numbers in their names; a gap is closed up
+    if os.path.isdir(path):  # in the order of the numbers in their names
         names = image_names(path)
         length = len(names)
     else:
@@ -369,218 +400,336 @@ def read_clips(path, frames, stride, segments=None, channels=3):
             from torchcodec.decoders import VideoDecoder
             decoder = VideoDecoder(path)
         except (ImportError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not str(error).startswith("Could not load libtorchcodec"):
-                raise  # the file is at fault; else torchcodec is missing, or does not find FFmpeg
-            raise UserError(f"to read {path}, install torchcodec (pip install torchcodec) and FFmpeg with its shared "
-                            "libraries (apt-get install ffmpeg)") from None
-        begin, end = decoder.metadata.begin_stream_seconds, decoder.metadata.end_stream_seconds
-        length = max(1, int((end - begin) * decoder.metadata.average_fps + 0.01))
-    latest = max(0, length - 1 - (frames - 1) * stride)  # the last time to begin
+            missing = str(error).startswith("Could not load libtorchcodec")  # or FFmpeg is
+            if isinstance(error, RuntimeError) and not missing:
+                raise  # the file is at fault
+            raise UserError(f"to read {path}, install torchcodec (pip install torchcodec) and "
+                            "FFmpeg with its shared libraries (apt-get install ffmpeg)") from None
+        meta = decoder.metadata
+        begin, end = meta.begin_stream_seconds, meta.end_stream_seconds
+        length = max(1, int((end - begin) * meta.average_fps + 0.01))
+    latest = max(0, length - 1 - (frames - 1) * frame_stride)  # the last time to begin
     if segments is None:
         starts = torch.randint(latest + 1, (1,))
+    elif segments == 1:
+        starts = torch.tensor([latest // 2])
     else:
-        starts = torch.linspace(0, latest, segments).round() if segments > 1 else torch.tensor([latest // 2])
-    times = (starts[:, None] + stride * torch.arange(frames)).clamp(max=length - 1).flatten()  # (segments * T,)
+        starts = torch.linspace(0, latest, segments).round()
+    times = starts[:, None] + frame_stride * torch.arange(frames)
+    times = times.clamp(max=length - 1).flatten()  # (segments * T,)
     if os.path.isdir(path):
-        chosen, places = times.int().unique(return_inverse=True)
-        images = [v2.functional.to_image(read_image(os.path.join(path, names[i]), channels)) for i in chosen]
-        pixels = together(images)[places]
+        chosen, inverse = times.int().unique(return_inverse=True)
+        paths = [os.path.join(path, names[i]) for i in chosen]
+        images = [v2.functional.to_image(read_image(name, channels)) for name in paths]
+        pixels = stack_images(images)[inverse]
     else:
-        seconds = begin + (times + 0.5) * (end - begin) / length  # the middle of a frame's time on the screen
+        seconds = begin + (times + 0.5) * (end - begin) / length  # the middle of a frame's time
         pixels = decoder.get_frames_played_at(seconds.tolist()).data
         pixels = v2.functional.rgb_to_grayscale(pixels) if channels == 1 else pixels
     return pixels.unflatten(0, (-1, frames))
 
 
-def open_sources(data, channels=3, labelled=True, frames=1, stride=1, dates=1, scenes=False, tested=None):
-    """(training source, validation source or None, class names or None) for --data: None, "cifar10", a folder, a list.
+def open_sources(data: str | None, channels: int = 3, labeled: bool = True, frames: int = 1,
+                 frame_stride: int = 1, dates: int = 1, scenes: bool = False,
+                 tested: str | None = None) -> tuple:
+    """(training source, validation source or None, class names or None) for --data.
 
-    A folder is DIR/train/<class>/... with DIR/val/<class>/... or DIR/test/<class>/..., or DIR/train.txt with
-    DIR/val.txt or DIR/test.txt; where no labels are needed (labelled=False) it is any folder or list, and DIR/train
-    alone is used if there is one. With frames > 1 the samples are clips, with dates > 1 series of images. scenes:
-    instead of the built-in photographs, `Scenes`. tested: the checkpoint of a classifier that is only to be tested: the
-    classes are those named in it, and no training samples are needed. Raises UserError for all else.
+    data: None, "cifar10", a folder or a list. A folder is DIR/train/<class>/... with DIR/val/... or
+    DIR/test/..., or DIR/train.txt with DIR/val.txt or DIR/test.txt; with labeled=False any folder
+    or list, and DIR/train alone is used if there is one. frames > 1: of clips. dates > 1: of series.
+    scenes: `Scenes`, not `Photographs`. tested: the checkpoint of a classifier to evaluate: its
+    classes count, and no training samples are needed. Raises UserError.
     """
-    kind = Scenes if scenes or dates > 1 else Clips if frames > 1 else Photographs
-    if channels not in (1, 3) and (frames > 1 or data is None and kind is Photographs):
-        raise UserError(f"{'clips' if frames > 1 else 'the built-in photographs'} have 1 or 3 channels, not {channels}"
-                        + ("" if data else ": give --data"))
+    built_in = Scenes if scenes or dates > 1 else Clips if frames > 1 else Photographs
+    if channels not in (1, 3) and (frames > 1 or data is None and built_in is Photographs):
+        kind = "clips" if frames > 1 else "the built-in photographs"
+        advice = "" if data else ": give --data"
+        raise UserError(f"{kind} have 1 or 3 channels, not {channels}{advice}")
     tested_classes = read_checkpoint(tested).get("classes") if tested else None
-    if tested and not tested_classes and os.environ.get("RANK", "0") == "0":
-        print(f"{tested} does not name its classes: they are taken to be those of the data, in their order")
+    if tested and not tested_classes and get_rank() == 0:
+        print(f"{tested} does not name its classes: they are taken for the data's, in order")
+    if data is not None and data != "cifar10":
+        options = channels, frames, frame_stride, dates
+        return open_files(Path(data), options, labeled, tested, tested_classes)
+
     if data is None:
-        others = {Scenes: dict(dates=dates), Clips: dict(frames=frames, stride=stride)}.get(kind, {})
-        train, val = (kind(split == "train", channels=channels, length=length, **others)
-                      for split, length in (("train", 6000), ("val", 1500)))
-        check_classes(train.classes, tested_classes, "the built-in data")
-        return train, val, train.classes
-    if data == "cifar10":
+        options = {"channels": channels}
+        if built_in is Scenes:
+            options["dates"] = dates
+        elif built_in is Clips:
+            options |= {"frames": frames, "frame_stride": frame_stride}
+        train, val = built_in(True, **options), built_in(False, length=1500, **options)
+    else:
         if channels != 3 or frames > 1 or dates > 1:
             raise UserError("CIFAR-10 has images of 3 channels and no clips")
         try:
-            if os.environ.get("RANK", "0") == "0":  # torchvision keeps the files in ./data
+            if get_rank() == 0:  # torchvision keeps the files in ./data
                 CIFAR10("data", download=True)
-            sum_over_processes(torch.zeros(1))  # the others wait
-            train, val = (CIFAR10("data", train=train) for train in (True, False))
+            all_reduce(torch.zeros(1))  # the others wait
+            train, val = CIFAR10("data", train=True), CIFAR10("data", train=False)
         except (OSError, RuntimeError) as error:
             raise UserError(f"CIFAR-10 could not be downloaded to ./data: {error}") from None
-        check_classes(train.classes, tested_classes, data)
-        return train, val, train.classes
+    if tested_classes and tested_classes != list(train.classes):
+        names = ", ".join(tested_classes[:5])
+        raise UserError(f"{tested} was trained on other classes: {names}, ...")
+    return train, val, list(train.classes)
 
-    root = Path(data)
+
+def open_files(root: Path, options: tuple, labeled: bool, tested: str | None,
+               tested_classes: list | None) -> tuple:
+    """`open_sources` for a path; options: channels, frames, frame_stride, dates."""
     if not root.exists():
         raise UserError(f"there is no file or folder {root}")
-    of_files, kinds = (channels, frames, stride, dates), (frames > 1, dates > 1)
-    if not labelled and root.is_file() and root.name.lower().endswith(IMAGE_FILES + VIDEO_FILES):  # for `show`
-        return Files([(root, 0)], *of_files), None, None
-    train = next((path for path in (root / "train.txt", root / "train") if path.exists()), None)
-    suffixes = [train.suffix] if train else ["", ".txt"] if tested else []
-    val = next((path for suffix in suffixes for name in ("val", "test")
-                if (path := root / f"{name}{suffix}").exists()), None)
+    _, frames, _, dates = options
+    is_sample = root.is_file() and root.name.lower().endswith(IMAGE_FILES + VIDEO_FILES)
+    if is_sample and not labeled:  # for `show`
+        return Files([(root, 0)], *options), None, None
+
+    def files(path, classes=None):
+        return Files(find_files(path, classes, frames > 1, dates > 1), *options)
+
+    train = first_path(root / "train.txt", root / "train")
+    val = None
+    if train:
+        val = first_path(root / f"val{train.suffix}", root / f"test{train.suffix}")
+    elif tested:
+        val = first_path(root / "val", root / "test", root / "val.txt", root / "test.txt")
     if tested and val:
-        classes = tested_classes or class_names(train or val)
-        check_classes(class_names(val), tested_classes, val, some=True)
-        val = Files(find_files(val, classes, *kinds), *of_files)
-        val.segments = 1
-        return val, val, classes
+        classes, names = tested_classes or class_names(train or val), class_names(val)
+        unknown = sorted(set(names) - set(classes))
+        if unknown:
+            names = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
+            raise UserError(f"{tested} was trained on the classes {names}, but {val} has {unknown[0]}")
+        source = files(val, classes)
+        source.segments = 1
+        return source, source, classes
+
     train = train or root
-    classes, val_classes = (class_names(path) if path else [] for path in (train, val))
+    classes, val_classes = class_names(train), class_names(val) if val else []
     unknown = sorted(set(val_classes) - set(classes))
-    if not labelled and (len(classes) < 2 or unknown):  # the folders' names are no labels
-        sources = [Files(find_files(path, None, *kinds), *of_files) if path else None for path in (train, val)]
-        return *sources, None
-    if not classes or not val_classes:
-        if labelled:
-            needed = "lists train.txt and val.txt (or test.txt), of lines of `path label`" if train.is_file() else \
-                "folders train/<class>/ and val/<class>/ (or test/<class>/)"
-            raise UserError(f"{root} needs the {needed}")
-        return Files(find_files(train, None, *kinds), *of_files), None, None
-    if unknown:
+    if labeled and not (classes and val_classes):
+        needed = "folders train/<class>/ and val/<class>/ (or test/<class>/)"
+        if train.is_file():
+            needed = "lists train.txt and val.txt (or test.txt), of lines of `path label`"
+        raise UserError(f"{root} needs the {needed}")
+    if labeled and unknown:
         kind, known = ("label", "the training list") if train.is_file() else ("class folder", train)
         raise UserError(f"{val} has the {kind} {unknown[0]}, which {known} lacks")
-    if len(classes) < 2:
+    if labeled and len(classes) < 2:
         raise UserError(f"{train} has one class, {classes[0]}: a classifier needs two at least")
-    train, val = (Files(find_files(path, classes, *kinds), *of_files) for path in (train, val))
+    if not labeled and (unknown or len(classes) < 2 or not val_classes):  # folders, no labels
+        val = files(val) if val and (unknown or not classes) else None
+        return files(train), val, None
+    train, val = files(train, classes), files(val, classes)
     val.segments = 1
     return train, val, classes
 
 
-def check_classes(classes, tested, where, some=False):
-    """Raise UserError if a classifier to be tested has other classes; None if it does not name them. some: of them."""
-    if tested and not (set(classes) <= set(tested) if some else list(classes) == list(tested)):
-        other = next((name for name in classes if name not in tested), "fewer")
-        raise UserError(f"the classifier was trained on the classes {', '.join(tested[:5])}, ... ({len(tested)} in "
-                        f"all), but {where} has {other}")
+def first_path(*paths: Path) -> Path | None:
+    """The first that exists."""
+    return next((path for path in paths if path.exists()), None)
 
 
-# --------------------------------------------------------------------------------------------------------- transforms
+def describe_source(source: Dataset, classes: list[str] | None) -> str:
+    """What a source holds, in words: "12,345 videos in 10 classes"."""
+    counts = {"images": len(source)}
+    if isinstance(source, Clips):
+        counts = {"built-in clips": len(source)}
+    elif isinstance(source, Files) and source.dates > 1:
+        counts = {"series of images": len(source)}
+    elif isinstance(source, Files) and source.frames > 1:
+        videos = sum(os.fsdecode(name).lower().endswith(VIDEO_FILES) for name in source.names)
+        counts = {"videos": videos, "folders of frames": len(source) - videos}
+    words = " and ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+    return words + (f" in {len(classes)} classes" if classes else "")
+
+
+def report_unreadable(*sources: Dataset) -> None:
+    """Say how many files of each source all processes together could not read."""
+    for source in sources:
+        if isinstance(source, Files):
+            number = int((all_reduce(source.unreadable.int()) > 0).sum())
+            if get_rank() == 0 and number:
+                print(f"{number} of {len(source)} files could not be read and were skipped",
+                      file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------- transforms
 
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 
 
-def crop_and_flip(image_size, scale, flip=True, ratio=(3 / 4, 4 / 3), interpolation=BICUBIC):
-    """Augmentation of pre-training: random resized crop of an area share in `scale`, flip, alike in all frames."""
-    return v2.Compose([v2.RandomResizedCrop(height_and_width(image_size), scale, ratio, interpolation),
-                       v2.RandomHorizontalFlip(0.5 if flip else 0.0), v2.PILToTensor()])
-
-
-def strong_augmentation(args, flip=True, operations=2):
-    """Augmentation of fine-tuning: random crop, flip, RandAugment (magnitude 0 to 10), erasing (a probability)."""
-    crop, flip, to_tensor = crop_and_flip(args.image_size, (0.08, 1.0), flip).transforms
-    # The papers, as timm, count RandAugment's magnitude to 10, torchvision to 30. It is for 1 or 3 channels only.
-    operations = [RandAugment(args.mean, operations, round(3 * args.randaugment))] if args.randaugment else []
-    return v2.Compose([crop, flip, *(operations if args.channels in (1, 3) else []), to_tensor,
-                       *([Erasing(args)] if args.erasing else [])])
+def finetuning_transform(config, mean: list[float], std: list[float], flip: float = 0.5,
+                         operations: int = 2):
+    """Random crop, flip (its probability), RandAugment (its operations), random erasing."""
+    transforms = [v2.RandomResizedCrop(config.image_size, (0.08, 1.0), interpolation=BICUBIC),
+                  v2.RandomHorizontalFlip(flip)]
+    if config.randaugment and len(mean) in (1, 3):
+        magnitude = round(3 * config.randaugment)  # torchvision's is up to 30, the papers' to 10
+        transforms.append(RandAugment(mean, operations, magnitude))
+    transforms.append(v2.PILToTensor())
+    if config.erasing:
+        transforms.append(RandomErasing(config.erasing, mean, std))
+    return v2.Compose(transforms)
 
 
 class RandAugment(torch.nn.Module):
     """RandAugment that fills with the mean, in the unit of the picture: bytes, or real numbers.
 
-    Where real numbers are not in [0, 1], the range that operations on colours suppose, only the picture's geometry is
-    changed: shears, translations, rotations.
+    Real numbers out of [0, 1], where colors cannot be changed, are only sheared, moved, rotated.
     """
 
-    def __init__(self, mean, operations, magnitude):
+    def __init__(self, mean: list[float], operations: int, magnitude: int):
         super().__init__()
         options = {"num_ops": operations, "magnitude": magnitude, "interpolation": BILINEAR}
-        self.of_bytes = v2.RandAugment(fill=[int(255 * value) for value in mean], **options)
-        self.of_numbers = v2.RandAugment(fill=list(mean), **options)
-        self.of_geometry = v2.RandAugment(fill=list(mean), **options)
-        self.of_geometry._AUGMENTATION_SPACE = {
+        self.for_bytes = v2.RandAugment(fill=[int(255 * value) for value in mean], **options)
+        self.for_numbers = v2.RandAugment(fill=list(mean), **options)
+        self.geometry = v2.RandAugment(fill=list(mean), **options)
+        self.geometry._AUGMENTATION_SPACE = {
             name: values for name, values in v2.RandAugment._AUGMENTATION_SPACE.items()
             if name.startswith(("Identity", "Shear", "Translate", "Rotate"))}
 
     def forward(self, image):
         if not torch.is_tensor(image) or image.dtype == torch.uint8:
-            return self.of_bytes(image)
-        in_range = image.amin() >= 0 and image.amax() <= 1
-        return self.of_numbers(image) if in_range else self.of_geometry(image)
+            return self.for_bytes(image)
+        if image.amin() >= 0 and image.amax() <= 1:
+            return self.for_numbers(image)
+        return self.geometry(image)
 
 
-class Erasing(v2.RandomErasing):
-    """Fills a random rectangle with noise that is normal once the image is normalised."""
+class RandomErasing(v2.RandomErasing):
+    """Fills a random rectangle with noise that is normal once the image is normalized."""
 
-    def __init__(self, args):
-        super().__init__(args.erasing, scale=(0.02, 1 / 3), ratio=(0.3, 3.3), value="random")
-        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (args.mean, args.std))
+    def __init__(self, probability: float, mean: list[float], std: list[float]):
+        super().__init__(probability, scale=(0.02, 1 / 3), ratio=(0.3, 3.3), value="random")
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
 
-    def forward(self, image):
+    def forward(self, image: Tensor) -> Tensor:
         image = image / 255 if image.dtype == torch.uint8 else image
         return super().forward((image - self.mean) / self.std) * self.std + self.mean
 
 
-class CentreCrop:
-    """The view at test time: the shorter side resized to size / 0.875 (from 256 to 224), and the centre cut out; an
-    image of the right size, as in CIFAR-10, is taken as it is. With views > 1, so many squares evenly along the longer
-    side, each as large as the shorter side, as a new first dimension.
+class CenterCrop:
+    """The view of a test: the shorter side resized to size / 0.875, and the center cut out.
+
+    An image of the right size stays as it is. views > 1: that many squares, evenly spaced along the
+    longer side, each as large as the shorter side, as a new first dimension.
     """
 
-    def __init__(self, image_size, views=1):
-        self.size, self.views = height_and_width(image_size), views
+    def __init__(self, image_size: ImageSize, views: int = 1):
+        self.size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.views = views
 
     def __call__(self, image):
         old, new = v2.functional.get_size(image), self.size
-        if self.views > 1 or tuple(old) != new:
-            factor = max(new[0] / old[0], new[1] / old[1]) / (0.875 if self.views == 1 else 1)
-            if self.views == 1 and max(old) > 8 * min(old):  # of a very long image only the middle is enlarged
-                old = [min(length, math.ceil(8 * side / factor)) for length, side in zip(old, new)]
+        if self.views == 1 and tuple(old) == tuple(new):
+            return v2.PILToTensor()(image)
+        scale = max(new[0] / old[0], new[1] / old[1])
+        if self.views == 1:
+            scale /= 0.875
+            if max(old) > 8 * min(old):  # only the middle of a long image, which may be huge
+                old = [min(length, math.ceil(8 * side / scale)) for length, side in zip(old, new)]
                 image = v2.functional.center_crop(image, old)
-            larger = [max(side, round(factor * length)) for side, length in zip(new, old)]
-            image = v2.functional.resize(image, larger, BICUBIC if self.views == 1 else BILINEAR)
+        larger = [max(side, round(scale * length)) for side, length in zip(new, old)]
+        image = v2.functional.resize(image, larger, BICUBIC if self.views == 1 else BILINEAR)
         image = v2.PILToTensor()(image)
         if self.views == 1:
             return v2.functional.center_crop(image, new)
-        corners = [[(length - side) * view // (self.views - 1) for side, length in zip(new, larger)]
-                   for view in range(self.views)]
-        return torch.stack([image[..., y:y + new[0], x:x + new[1]] for y, x in corners])
+        views = []
+        for view in range(self.views):
+            top = (larger[0] - new[0]) * view // (self.views - 1)
+            left = (larger[1] - new[1]) * view // (self.views - 1)
+            views.append(image[..., top:top + new[0], left:left + new[1]])
+        return torch.stack(views)
 
 
-def repeated(pixels, frames):
-    """An image (..., C, H, W), repeated in time as a clip (..., 1, T, C, H, W)."""
-    return torch.stack([pixels] * frames, dim=-4).unsqueeze(-5)
+def repeat_in_time(image: Tensor, frames: int) -> Tensor:
+    """An image (..., C, H, W) as a clip that does not move, (..., 1, T, C, H, W)."""
+    return torch.stack([image] * frames, dim=-4).unsqueeze(-5)
 
 
-def mix_up_and_cut_mix(args, classes):
-    """Of a batch (pixels, labels (B,)): MixUp or CutMix, each half of the time; labels become (B, classes)."""
-    choices = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, args.mixup),
-                                                                          (v2.CutMix, args.cutmix)) if alpha > 0]
+def single_clip(pixels: Tensor, frames: int) -> Tensor:
+    """The only clip of a video, (1, T, C, H, W), or an image (C, H, W) as one: (T, C, H, W)."""
+    return repeat_in_time(pixels, frames)[0] if pixels.ndim == 3 else pixels[0]
+
+
+def mixup_cutmix(config, num_classes: int) -> Callable | None:
+    """A function of (pixels, labels (B,)): MixUp or CutMix, at random; labels -> (B, classes)."""
+    choices = []
+    if config.mixup:
+        choices.append(v2.MixUp(alpha=config.mixup, num_classes=num_classes))
+    if config.cutmix:
+        choices.append(v2.CutMix(alpha=config.cutmix, num_classes=num_classes))
+    if not choices:
+        return None
 
     def mix(pixels, labels):  # as images (B, all else, H, W): mixed alike in all frames
         images, labels = v2.RandomChoice(choices)(pixels.flatten(1, -3), labels)
         return images.view(pixels.shape), labels
-    return mix if choices else None
+    return mix
 
 
-def measure_mean_and_std(source, image_size, images=1000):
-    """Mean and standard deviation of each channel over up to `images` images evenly taken from a source.
+# ------------------------------------------------------------------- what depends on the data alone
 
-    Raises UserError for a channel that is the same number everywhere. Warns of a value that is further from all others
-    than these are from one another, as a code for missing data is.
+
+def plan_training(config, train: Dataset, val: Dataset | None, classes: list[str] | None) -> Plan:
+    """Mean, std and number of steps of a run; prints what was found."""
+    size, world_size = config.batch_size, get_world_size()
+    if size % (config.accumulate * world_size):
+        raise UserError(f"a batch of {size} cannot be split over {world_size} processes in "
+                        f"{config.accumulate} micro-batches each")
+    mean, std = mean_and_std(config, train)
+    benchmark, eval_only = getattr(config, "benchmark", None), getattr(config, "eval_only", False)
+    steps = config.steps or max(1, math.ceil(config.epochs * len(train) / size))
+    if benchmark:
+        steps = WARMUP_STEPS + benchmark
+    elif get_rank() == 0 and eval_only:
+        print(f"{describe_source(val, classes)} for validation")
+    elif get_rank() == 0:
+        validation = f"{len(val):,} for validation" if val else "none for validation"
+        print(f"{describe_source(train, classes)} for training, {validation}; {steps:,} steps of "
+              f"{size:,} are {steps * size / len(train):,.3g} passes over the data")
+    return Plan(mean, std, steps, max(1, len(train) // size))
+
+
+def mean_and_std(config, source: Dataset) -> tuple[list[float], list[float]]:
+    """Mean and std of each channel: the config's, ImageNet's for images in [0, 1], or measured."""
+    mean, std = config.mean, config.std
+    if bool(mean) != bool(std):
+        raise UserError("give both --mean and --std, or neither")
+    if config.measure or not mean and (config.channels != 3 or not in_unit_range(source)):
+        mean, std = measure_mean_and_std(source, config.image_size)
+    mean, std = list(mean or IMAGENET_MEAN), list(std or IMAGENET_STD)
+    if not len(mean) == len(std) == config.channels or min(std) <= 0:
+        raise UserError(f"--mean and --std need {config.channels} numbers each, one a channel, and "
+                        "--std positive ones")
+    return mean, std
+
+
+def in_unit_range(source: Dataset) -> bool:
+    """Whether a source's images are bytes or in [0, 1], so that ImageNet's mean and std suit."""
+    if not isinstance(source, Files):
+        return True
+    samples = Samples(source, v2.PILToTensor())
+    for index in evenly_spaced(len(source), 4):
+        pixels = samples.example(index)[0]
+        if pixels.is_floating_point() and not 0 <= pixels.amin() <= pixels.amax() <= 1:
+            return False
+    return True
+
+
+def measure_mean_and_std(source: Dataset, image_size: ImageSize) -> tuple[list, list]:
+    """Mean and std of each channel over up to 1,000 images, evenly spaced in a source.
+
+    Raises UserError for a channel that is the same number everywhere. Warns of a value far from all
+    others, as a code for missing data is.
     """
-    samples, moments, extremes = Samples(source, CentreCrop(image_size)), [], []
-    for index in evenly(len(source), images):
-        pixels = v2.functional.to_dtype(samples.example(index)[0], torch.float64, scale=True)
-        pixels = pixels.movedim(-3 if pixels.ndim == 3 else -4, 0).flatten(1)  # (C, everything else)
+    samples, moments, extremes = Samples(source, CenterCrop(image_size)), [], []
+    for index in evenly_spaced(len(source), 1000):
+        pixels = samples.example(index)[0]
+        pixels = v2.functional.to_dtype(pixels, torch.float64, scale=True)
+        pixels = pixels.movedim(-3 if pixels.ndim == 3 else -4, 0).flatten(1)  # (C, the rest)
         moments.append(torch.stack([pixels.mean(1), pixels.square().mean(1)]))
         with contextlib.suppress(Exception):  # what cannot be read was replaced in `samples`
             raw = source[index][0]  # before it is resized, which blends values
@@ -588,360 +737,407 @@ def measure_mean_and_std(source, image_size, images=1000):
                 values = [x.unique() for x in raw.movedim(-3, 0).flatten(1)]  # sorted
                 extremes.append([torch.cat([x[:2], x[-2:]]) for x in values])
     for channel, values in enumerate(zip(*extremes)):
-        values = torch.cat(values).double().unique()  # sorted
-        if len(values) < 3:
-            continue
-        for code, gap, others in ((values[0], values[1] - values[0], values[-1] - values[1]),
-                                  (values[-1], values[-1] - values[-2], values[-2] - values[0])):
-            if gap > others:
-                print(f"warning: in channel {channel} the value {code:.6g} is further from the others than these are "
-                      "from one another; if it stands for missing data, replace it, since mean and std suffer from it",
-                      file=sys.stderr)
+        warn_of_missing_data(channel, torch.cat(values).double().unique())
     mean, square = torch.stack(moments).mean(0)
     std = (square - mean.square()).clamp(min=0).sqrt()
-    constant = (std <= 1e-6 * mean.abs()).nonzero().flatten().tolist()
-    if constant:
-        raise UserError(f"channel {constant[0]} is {mean[constant[0]]:.4g} in all training images that were measured: "
-                        "there is nothing to learn from it, or give --mean and --std")
-    # Rounded, so that a run goes on although another machine measures another last digit.
-    return [[float(f"{value:.4g}") for value in values.tolist()] for values in (mean, std)]
+    for channel in range(len(mean)):
+        if std[channel] <= 1e-6 * mean[channel].abs():
+            raise UserError(f"channel {channel} is {mean[channel]:.4g} in all training images measured: "
+                            "there is nothing to learn from it, or give --mean and --std")
+    # Rounded, so that a run resumes on a machine that measures another last digit.
+    return [float(f"{x:.4g}") for x in mean.tolist()], [float(f"{x:.4g}") for x in std.tolist()]
 
 
-# ------------------------------------------------------------------------------------------------------------ batches
+def warn_of_missing_data(channel: int, values: Tensor) -> None:
+    """values: the sorted values of a channel, or the two smallest and largest of each image."""
+    if len(values) < 3 or get_rank() > 0:
+        return
+    low, high = values[1] - values[0], values[-1] - values[-2]
+    codes = []
+    if low > values[-1] - values[1]:
+        codes.append(values[0])
+    if high > values[-2] - values[0]:
+        codes.append(values[-1])
+    for code in codes:
+        print(f"warning: in channel {channel} the value {code:.6g} is far from all others; if it "
+              "stands for missing data, replace it: mean and std suffer from it", file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------------- masks
+
+
+def blockwise_mask(grid: tuple[int, int, int], num_masked: int, min_area: int,
+                   max_area: int | None = None, tries: int = 10) -> Tensor:
+    """Mask `num_masked` tokens of a grid (times, rows, columns) by blocks: (L,).
+
+    Algorithm 1 of BEiT (arXiv 2106.08254). The area of a block is uniform in [min_area, max_area]
+    (None: what is still missing), its aspect ratio log-uniform in [0.3, 1/0.3], its duration
+    uniform. A block that masks too many, or is as high or wide as the grid, is rejected; after
+    `tries` in a row, random single tokens make up the rest. Draws from torch's default generator.
+    """
+    times, rows, columns = grid
+    mask, missing, failed = np.zeros(grid, dtype=bool), num_masked, 0
+    while missing and failed < tries:
+        failed += 1
+        u = torch.rand(6).tolist()
+        area = min_area + u[0] * ((max_area or missing) - min_area)
+        aspect = (1 / 0.3) ** (2 * u[1] - 1)
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        duration = 1 + int(u[2] * times)
+        if height >= rows or width >= columns:
+            continue
+        start = int(u[3] * (times - duration + 1))
+        top, left = int(u[4] * (rows - height + 1)), int(u[5] * (columns - width + 1))
+        block = mask[start:start + duration, top:top + height, left:left + width]  # a view
+        new = block.size - int(np.count_nonzero(block))
+        if 0 < new <= missing:
+            block[:] = True
+            missing -= new
+            failed = 0
+    visible = np.flatnonzero(~mask)
+    mask.reshape(-1)[visible[torch.randperm(len(visible))[:missing]]] = True
+    return torch.from_numpy(mask).flatten()
+
+
+# --------------------------------------------------------------------------------- samples, batches
 
 
 class Samples(Dataset):
-    """A source with its augmentation: (index, position) -> (pixels, label, ...), not normalised: images (C, H, W),
-    series (C, dates, H, W), clips (views, segments, C, T, H, W).
+    """A source with a transform and, for pre-training, masks.
 
-    Augmentation and time of a clip are seeded by (seed, position), where position is the place of the draw in the whole
-    run. A file that a reader or a transform cannot cope with is skipped and named: the next one takes its place;
-    otherwise, as in a test, which must not count a sample twice, that has the label -1. Raises UserError if none can be
-    read.
+    A sample is (pixels, label, ...[, mask]). pixels are not normalized: images (C, H, W), series
+    (C, dates, H, W), clips (..., C, T, H, W). draw_mask(position) makes the mask, a boolean tensor,
+    True = masked. Transform and clip are seeded by (seed, position), the mask by a seed of its own.
+
+    A file that a reader or the transform cannot cope with is skipped and named, and the next one
+    takes its place; with replace_unreadable=False, as in a test, that one has the label -1. Raises
+    UserError if none can be read.
     """
 
-    def __init__(self, source, transform, seed=0, replace_unreadable=True):
-        self.source, self.transform, self.seed, self.replace_unreadable = source, transform, seed, replace_unreadable
+    def __init__(self, source: Dataset, transform: Callable, seed: int = 0,
+                 draw_mask: Callable | None = None, replace_unreadable: bool = True):
+        self.source, self.transform, self.seed = source, transform, seed
+        self.draw_mask, self.replace_unreadable = draw_mask, replace_unreadable
         self.example(0)
 
-    def __getitem__(self, item):
-        first, position = item
+    def __getitem__(self, item: tuple[int, int]) -> tuple:
+        index, position = item
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed(self.seed, AUGMENTATION_SEED, position))
-            for index in (i % len(self.source) for i in range(first, first + len(self.source))):
-                try:
-                    pixels, label, *stamps = self.source[index]
-                    pixels = self.transform(pixels)
-                    break
-                except UserError:
-                    raise
-                except Exception as error:  # damaged files make decoders and transforms fail in many ways
-                    if not isinstance(self.source, Files):
-                        raise
-                    self.source.skip(index, error)
-            else:
-                raise UserError(f"none of the files can be read, for instance {os.fsdecode(self.source.names[0])}")
-        label = label if self.replace_unreadable or index == first else -1
-        if pixels.ndim > 3:  # channels before time
-            pixels = pixels.transpose(-4, -3)
-        return (pixels[None] if pixels.ndim == 5 else pixels), label, *stamps
+            torch.default_generator.manual_seed(derive_seed(self.seed, SAMPLE, position))
+            sample = self.read(index)
+            if self.draw_mask is None:
+                return sample
+            torch.default_generator.manual_seed(derive_seed(self.seed, MASK, position))
+            return *sample, self.draw_mask(position)
 
-    def example(self, index):
+    def read(self, first: int) -> tuple:
+        for offset in range(len(self.source)):
+            index = (first + offset) % len(self.source)
+            try:
+                pixels, label, *stamps = self.source[index]
+                pixels = self.transform(pixels)
+            except UserError:
+                raise
+            except Exception as error:  # damaged files fail in many ways
+                if not isinstance(self.source, Files):
+                    raise
+                self.source.skip(index, error)
+                continue
+            if index != first and not self.replace_unreadable:
+                label = -1
+            if pixels.ndim > 3:
+                pixels = pixels.transpose(-4, -3)  # channels before time
+            return pixels, label, *stamps
+        raise UserError(f"none of the files can be read, such as {os.fsdecode(self.source.names[0])}")
+
+    def example(self, index: int) -> tuple:
         """The sample of this index, the same each time."""
         return self[index, 0]
 
 
-def evenly(length, count):
-    """Up to `count` indices, evenly taken from range(length)."""
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """Up to `count` indices, evenly spaced in range(length)."""
     count = min(count, length)
     return [i * length // count for i in range(count)]
 
 
-def rows_of_process(args, part):
-    """The rows of the global batch that this process takes in one of its `accumulate` micro-batches, a slice."""
-    share = args.batch_size // (args.accumulate * args.processes)
-    start = (part * args.processes + args.rank) * share
-    return slice(start, start + share)
+def training_batches(length: int, config, start: int,
+                     steps: int) -> Iterator[list[tuple[int, int]]]:
+    """(index, position) of the samples of each micro-batch of this process, from `start` on.
 
-
-def step_batches(length, args, first_step):
-    """The (index, position) pairs of each micro-batch of each step from `first_step` on, for this process.
-
-    Position p of the run is in epoch p // length. An epoch is a permutation seeded by (seed, epoch); the last batch of
-    an epoch is filled from the next one.
+    Position p of the run is in epoch p // length, whose order is seeded by (seed, epoch); the last
+    batch of an epoch is filled from the next one.
     """
     @functools.lru_cache(maxsize=1)
     def order(epoch):
-        return np.random.default_rng(derive_seed(args.seed, EPOCH_SEED, epoch)).permutation(length)
+        return np.random.default_rng(derive_seed(config.seed, EPOCH, epoch)).permutation(length)
 
-    for step in range(first_step, args.steps):
-        for part in range(args.accumulate):
-            rows = rows_of_process(args, part)
-            positions = range(step * args.batch_size + rows.start, step * args.batch_size + rows.stop)
-            yield [(int(order(p // length)[p % length]), p) for p in positions]
+    size = config.batch_size // (config.accumulate * get_world_size())
+    for step in range(start, steps):
+        for micro_step in range(config.accumulate):
+            first = step * config.batch_size + (micro_step * get_world_size() + get_rank()) * size
+            yield [(int(order(p // length)[p % length]), p) for p in range(first, first + size)]
 
 
-def ignore_signals(worker):
-    """For a worker: Ctrl-C and SIGTERM often go to all processes of a run, and the one that it serves needs it until
-    the step is saved. A second SIGTERM ends the worker: the loader sends one if it does not end by itself.
+def ignore_signals(worker: int) -> None:
+    """For a worker: a signal that all processes get must not end it before the step is saved.
+
+    A second SIGTERM does: the loader sends one if the worker does not end by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 @atexit.register
-def end_workers():
-    """End the workers of a loader that an error has kept: Python sends each one SIGTERM, which it only notes, and then
-    waits for it for ever.
-    """
+def end_workers() -> None:
+    """End workers that an error has kept: they note Python's SIGTERM, for whose effect it waits."""
     with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own raises an error when a worker ends
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error when a worker ends
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
-def together(images):
-    """A list of images or clips -> (B, ...). Bytes stay bytes, unless there are floats in [0, 1] among them."""
+def stack_images(images: list[Tensor]) -> Tensor:
+    """Images or clips -> (B, ...): bytes, unless there are floats in [0, 1] among them."""
     if len({x.dtype for x in images}) > 1:
         images = [x / 255 if x.dtype == torch.uint8 else x for x in images]
     return default_collate(images)
 
 
-def collate(samples):
-    """A list of samples -> a batch (pixels, labels, ...)."""
-    pixels, *others = map(list, zip(*samples))
-    return [together(pixels), *map(default_collate, others)]
+def collate(samples: list[tuple]) -> list[Tensor]:
+    """Samples -> [pixels, labels, ...[, masks]]."""
+    pixels, *others = zip(*samples)
+    return [stack_images(pixels), *(default_collate(list(values)) for values in others)]
+
+
+def mask_to_indices(mask: Tensor) -> Tensor:
+    """The indices of the True in a mask (B, L), in raster order: (B, N), N of the row with fewest.
+
+    What another row has more is cut off, as in the published V-JEPA.
+    """
+    number = int(mask.sum(dim=1).min())
+    first = mask & (mask.cumsum(dim=1) <= number)  # the first `number` of each row
+    return first.nonzero()[:, 1].view(len(mask), number)
 
 
 CHUNK = 2 ** 26  # bytes, about: of the pixels that a worker hands over at once
 
 
-@functools.cache  # one for all loaders, since the allocator keeps what it has freed for the stream that had it
-def stream_of_copies(device):
-    """A CUDA stream beside that of the step which is under way; None on other devices."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+class Loader:
+    """Makes batches of samples, normalized and on the device: the only place that does so.
 
-
-def loader(samples, batches, args, device, workers):
-    """Batches of samples, given as lists of (index, position), on the device or on their way to it, and normalised: the
-    only place where that is done.
-
-    Workers make chunks of a batch, of one sample at least, so that the shared memory which they need does not go by the
-    size of a batch: two chunks each are ready or on their way.
+    mean, std: of each channel; workers: data loading processes.
     """
-    largest, mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (255.0, args.mean, args.std))
-    size = max(1, CHUNK // (4 * samples.example(0)[0].numel()))  # samples of a chunk, as floats
-    batches, to_join = itertools.tee(batches)
-    chunks = (batch[k:k + size] for batch in batches for k in range(0, len(batch), size))
-    # Not a generator: the workers start, and torch draws their seed, here and not at the first batch.
-    loaded = iter(DataLoader(
-        samples, batch_sampler=chunks, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals))
 
-    copies = stream_of_copies(device)
+    def __init__(self, mean: list[float], std: list[float], device: torch.device, workers: int = 0):
+        self.device, self.workers = device, workers
+        self.largest = torch.tensor(255.0, device=device)
+        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(-1, 1, 1)
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def to_device(chunk):
-        with torch.cuda.stream(copies) if copies else contextlib.nullcontext():
-            pixels, *rest = chunk = [x.to(device, non_blocking=True) for x in chunk]
-        if copies:
-            torch.cuda.current_stream().wait_stream(copies)
-            for x in chunk:  # whose memory is taken again only when the step has used it
+    def train(self, samples: Samples, config, start: int, steps: int) -> Iterator[tuple]:
+        """This process' micro-batches: (pixels, labels, ...[, visible, masked]).
+
+        visible (B, N), masked (B, M): index tensors, or lists of them for several masks a sample.
+        """
+        size = config.batch_size // (config.accumulate * get_world_size())
+        if getattr(config, "benchmark", None):
+            return self.random_batches(samples, size, config.accumulate * (steps - start))
+        batches = training_batches(len(samples.source), config, start, steps)
+        return self.batches(samples, batches, size, self.workers)
+
+    def test(self, samples: Samples, limit: int | None = None) -> Iterator[tuple]:
+        """Each sample once, in order, split over processes; or `limit` of them, evenly spaced."""
+        planes = math.prod(samples.example(0)[0].shape[:-2])  # 3 of an image, more of a clip
+        size = max(1, 384 // planes)
+        indices = evenly_spaced(len(samples.source), limit or len(samples.source))
+        own = indices[get_rank()::get_world_size()]
+        if limit and not own:
+            own = indices[:1]  # for `gather_rows`
+        batches = [[(index, 0) for index in own[k:k + size]] for k in range(0, len(own), size)]
+        return self.batches(samples, batches, size, self.workers)
+
+    def examples(self, samples: Samples, indices: list[int]) -> tuple:
+        """A batch of these samples."""
+        batches = [[(index, index) for index in indices]]
+        return next(self.batches(samples, batches, len(indices), workers=0))
+
+    def batches(self, samples: Samples, batches, size: int, workers: int) -> Iterator[tuple]:
+        """Batches of `size` samples, the last of fewer, given as lists of (index, position).
+
+        Workers make chunks of a batch, so that the shared memory which they need does not grow with
+        it: two chunks each are ready or on their way.
+        """
+        chunk_size = max(1, CHUNK // (4 * samples.example(0)[0].numel()))  # samples, as floats
+        chunks = (batch[k:k + chunk_size] for batch in batches
+                  for k in range(0, len(batch), chunk_size))
+        loaded = DataLoader(
+            samples, batch_sampler=chunks, num_workers=workers, collate_fn=collate,
+            worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda",
+            generator=torch.Generator())  # of its own: torch's default one is that of drop path
+        parts, count = [], 0
+        for chunk in loaded:
+            parts.append(chunk)
+            count += len(chunk[0])
+            if count == size:
+                yield self.join(parts, samples.draw_mask is not None)
+                parts, count = [], 0
+        if parts:
+            yield self.join(parts, samples.draw_mask is not None)
+
+    def join(self, parts: list[list[Tensor]], masks: bool) -> tuple:
+        """Chunks of a batch -> the batch on the device, normalized, masks as index tensors."""
+        if masks:
+            mask = torch.cat([part.pop() for part in parts])
+        columns = [list(column) for column in zip(*(self.to_device(part) for part in parts))]
+        batch = [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
+        return (*batch, *self.to_indices(mask)) if masks else tuple(batch)
+
+    def to_device(self, chunk: list[Tensor]) -> list[Tensor]:
+        with torch.cuda.stream(self.copies) if self.copies else contextlib.nullcontext():
+            chunk = [x.to(self.device, non_blocking=True) for x in chunk]
+        if self.copies:
+            torch.cuda.current_stream().wait_stream(self.copies)
+            for x in chunk:  # so that its memory is not reused before the step has read it
                 x.record_stream(torch.cuda.current_stream())
+        pixels, *others = chunk
         is_bytes = pixels.dtype == torch.uint8
         pixels = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        if is_bytes:  # by a tensor, since CUDA multiplies by 1 / 255 where it is a number, and HOG sees the last bit
-            pixels.div_(largest)
-        shape = (-1, 1, 1) if pixels.ndim == 4 else (-1, 1, 1, 1)  # of time too
-        return pixels.sub_(mean.view(shape)).div_(std.view(shape)), *rest
+        if is_bytes:  # by a tensor: CUDA multiplies by 1 / 255 instead, whose last bit HOG sees
+            pixels.div_(self.largest)
+        mean, std = self.mean, self.std
+        if pixels.ndim > 4:  # (..., C, T, H, W)
+            mean, std = mean[:, None], std[:, None]
+        return [pixels.sub_(mean).div_(std), *others]
 
-    def join(batch):
-        parts = [to_device(next(loaded)) for _ in range(0, len(batch), size)]
-        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
-    return map(join, to_join)
+    def to_indices(self, mask: Tensor) -> tuple:
+        """Masks (B, [kinds,] L) -> (visible, masked), or two lists with an entry a kind."""
+        kinds = mask.unbind(dim=1) if mask.ndim == 3 else [mask]
+        visible, masked = [], []
+        for kind in kinds:
+            for indices, values in ((visible, ~kind), (masked, kind)):
+                values = mask_to_indices(values)
+                if self.copies:
+                    values = values.pin_memory()  # from other memory the copy may wait for the GPU
+                indices.append(values.to(self.device, non_blocking=True))
+        return (visible, masked) if mask.ndim == 3 else (visible[0], masked[0])
 
-
-def examples(samples, indices, args, device):
-    """A batch of these samples."""
-    return next(loader(samples, [[(index, 0) for index in indices]], args, device, workers=0))
-
-
-def one_clip(pixels):
-    """Of each video its only clip, (B, 1, 1, C, T, H, W) -> (B, C, T, H, W); images are taken as they are."""
-    return pixels.flatten(0, 2) if pixels.ndim == 7 else pixels
-
-
-def training_loader(samples, args, device, first_step):
-    """Batches of this process for the steps from `first_step` to `args.steps`, `args.accumulate` of them a step."""
-    if args.benchmark:  # the same random numbers at every step
-        size = args.batch_size // (args.accumulate * args.processes)
-        pixels, *rest = default_collate([samples.example(0)] * size)
-        return itertools.repeat((torch.randn(pixels.shape, device=device), *(x.to(device) for x in rest)))
-    return loader(samples, step_batches(len(samples.source), args, first_step), args, device, args.workers)
-
-
-def test_loader(samples, args, device, limit=None):
-    """Each sample once, in order, every process its own; with `limit` only so many, evenly taken."""
-    planes = math.prod(samples.example(0)[0].shape[:-2])  # 3 of an image, more of a clip
-    size = max(1, 384 // planes)
-    chosen = evenly(len(samples.source), limit or len(samples.source))
-    own = chosen[args.rank::args.processes] or (chosen[:1] if limit else [])  # for `gather`
-    batches = [[(index, 0) for index in own[k:k + size]] for k in range(0, len(own), size)]
-    return loader(samples, batches, args, device, args.workers)
+    def random_batches(self, samples: Samples, size: int, count: int) -> Iterator[tuple]:
+        """For a benchmark: the same random pixels at every step, masks drawn before the first."""
+        pixels, *others = default_collate([samples.read(0)] * size)
+        pixels = torch.randn(pixels.shape, device=self.device)
+        others = [x.to(self.device) for x in others]
+        masks = []
+        if samples.draw_mask:  # those of 4,096 samples or more, then again from the first
+            for batch in range(min(count, 1 + 4096 // size)):
+                draws = [samples.draw_mask(batch * size + i) for i in range(size)]
+                masks.append(self.to_indices(torch.stack(draws)))
+        for batch in range(count):
+            yield pixels, *others, *(masks[batch % len(masks)] if masks else ())
 
 
-# ------------------------------------------------------------------------------------------- what features are worth
+# -------------------------------------------------------------------------- what features are worth
 
 
 @torch.no_grad()
-def features(encoders, samples, args, device, limit):
-    """([features (N, K) of each encoder], labels (N,)) of up to `limit` samples, evenly taken, that can be read.
+def extract_features(encoders: list[Callable], samples: Samples, loader: Loader, limit: int) -> tuple:
+    """([features (N, D) of each encoder], labels (N,)) of up to `limit` samples, evenly spaced.
 
-    An encoder is a function of a batch, (pixels, ...) -> (B, K); clips come as (B, C, T, H, W). The processes share the
-    work, and all get all the features.
+    An encoder is a function (pixels, ...) -> (B, D). Samples that cannot be read are left out. The
+    processes share the work, and all get all the features.
     """
     parts = []
-    for pixels, labels, *stamps in test_loader(samples, args, device, limit):
-        pixels = one_clip(pixels)
-        with precision_of(args)[0]:
-            parts.append([*(encode(pixels, *stamps).float() for encode in encoders), labels.cpu()])
-    *x, y = (gather(torch.cat(part), min(limit, len(samples.source)), args) for part in zip(*parts))
+    for pixels, labels, *stamps in loader.test(samples, limit):
+        parts.append([*(encode(pixels, *stamps).float() for encode in encoders), labels.cpu()])
+    number = min(limit, len(samples.source))
+    *x, y = (gather_rows(torch.cat(part), number) for part in zip(*parts))
     return [part[y >= 0] for part in x], y[y >= 0].to(x[0].device)
 
 
-def gather(rows, count, args):
-    """Rows 0 to `count` of a tensor of which this process has every `processes`-th, from its rank on.
+def gather_rows(rows: Tensor, number: int) -> Tensor:
+    """Rows 0 to `number` of a tensor of which each process has every `world size`-th, from its rank.
 
-    Where there are fewer rows than processes, the last ones have a row that does not count, for its shape.
+    Where there are fewer rows than processes, the last ones have a row that does not count.
     """
-    everywhere = rows.new_zeros(count, *rows.shape[1:])
-    own = everywhere[args.rank::args.processes]
+    everywhere = rows.new_zeros(number, *rows.shape[1:])
+    own = everywhere[get_rank()::get_world_size()]
     own.copy_(rows[:len(own)])
-    everywhere = sum_over_processes(everywhere)
-    return everywhere.cpu() if rows.device.type == "mps" else everywhere  # which has no float64
+    everywhere = all_reduce(everywhere)
+    return everywhere.cpu() if rows.device.type == "mps" else everywhere  # MPS has no float64
 
 
-def nearest_neighbours(x, labels, neighbours=10):
-    """Accuracy in percent when each sample takes the commonest label of its nearest others. x (N, D), labels (N,)."""
+def knn_accuracy(x: Tensor, labels: Tensor, neighbors: int = 10) -> float:
+    """k-nearest-neighbor accuracy in percent of each of the features x (N, D), by cosine."""
     x = F.normalize(x - x.mean(dim=0), dim=1)
     similarity = (x @ x.T).fill_diagonal_(-math.inf)
-    votes = F.one_hot(labels[similarity.topk(min(neighbours, len(x) - 1)).indices]).sum(dim=1)
+    votes = F.one_hot(labels[similarity.topk(min(neighbors, len(x) - 1)).indices]).sum(dim=1)
     return 100 * (votes.argmax(dim=1) == labels).double().mean().item()
 
 
-def spread_and_rank(x):
-    """How far a batch of features (N, D) is from a collapse: (spread, effective rank).
+def collapse_metrics(x: Tensor) -> dict[str, float]:
+    """How far a batch of features (N, D) is from a collapse, whatever their scale.
 
-    The spread is the standard deviation across the samples relative to the root mean square of the features: 0 if all
-    samples have the same features, 1 if their mean is zero, whatever the scale.
-    The effective rank is the exponential of the entropy of the singular values' shares (RankMe, arXiv 2210.02885), here
-    of the centred features: about the number of directions that are in use.
+    feature_std: standard deviation across samples, relative to the features' root mean square.
+    effective_rank (RankMe, arXiv 2210.02885, of centered features): the exponential of the entropy
+    of the singular values, about the number of directions in use.
     """
     scale = x.square().mean().sqrt().clamp(min=1e-12)
     x = x - x.mean(dim=0)
-    share = torch.linalg.svdvals(x)
-    share = share / share.sum().clamp(min=1e-12)
-    return (x.square().mean().sqrt() / scale).item(), torch.exp(-torch.xlogy(share, share).sum()).item()
+    p = torch.linalg.svdvals(x)
+    p = p / p.sum().clamp(min=1e-12)
+    return {"feature_std": (x.square().mean().sqrt() / scale).item(),
+            "effective_rank": torch.exp(-torch.xlogy(p, p).sum()).item()}
 
 
-def watch(encoder, train, held_out, args, device, labelled):
-    """For the log, what features of held-out samples are worth: spread, rank, and where there are labels the accuracy
-    of nearest neighbours. And the score by which best.pt is chosen, from *training* samples alone: that accuracy
-    (`score_knn`), or where there are no labels the rank (`score_rank`).
+def evaluate_features(encode: Callable, train: Samples, val: Samples, loader: Loader, limit: int,
+                      classes: list[str] | None) -> dict[str, float]:
+    """For the log: collapse metrics of validation samples and, given labels, k-NN accuracy.
+
+    And the score that best.pt is chosen by, from *training* samples alone: the same accuracy
+    ("score_knn"), or without labels the effective rank ("score_rank").
     """
-    looks = []
-    for samples in (held_out, train):
-        (x,), labels = features([encoder], samples, args, device, args.probe_samples)
+    results = []
+    for samples in (val, train):
+        (x,), labels = extract_features([encode], samples, loader, limit)
         if len(x) < 2 or not x.isfinite().all():
-            return {}  # nothing to compare; or the next loss is not finite either, and `Run.log` sees to that
-        look = dict(zip(("spread", "rank"), spread_and_rank(x)))
-        looks.append(look | {"knn": nearest_neighbours(x, labels)} if labelled else look)
-    found, of_training = looks
-    score = "knn" if labelled else "rank"
-    return found | {f"score_{score}": of_training[score]}
+            return {}  # nothing to compare; or the next loss is not finite either
+        results.append(collapse_metrics(x))
+        if classes:
+            results[-1]["knn"] = knn_accuracy(x, labels)
+    metrics, training = results
+    if classes:
+        return metrics | {"score_knn": training["knn"]}
+    return metrics | {"score_rank": training["effective_rank"]}
 
 
-def ridge_probe(train_features, train_labels, features, labels, penalty=1e-4):
-    """Accuracy in percent of a linear classifier on frozen features: ridge regression to one-hot labels.
+def ridge_probe(train_x: Tensor, train_labels: Tensor, x: Tensor, labels: Tensor,
+                penalty: float = 1e-4) -> float:
+    """Accuracy in percent of ridge regression from frozen features (N, D) to one-hot labels.
 
-    features (N, D), labels (N,). Closed form, so it needs no tuning and costs no training. Features are standardised
-    by the training set; `penalty` is relative to the number of training samples.
+    In closed form, so it needs no tuning. Features are standardized by the training set; `penalty`
+    is relative to the number of training samples.
     """
-    mean, std = train_features.double().mean(0), train_features.double().std(0) + 1e-6
-    x, x_test = ((f.double() - mean) / std for f in (train_features, features))
+    mean, std = train_x.double().mean(0), train_x.double().std(0) + 1e-6
+    train_x, x = (train_x.double() - mean) / std, (x.double() - mean) / std
     y = F.one_hot(train_labels.long()).double()
     bias = y.mean(0)
-    gram = x.T @ x + penalty * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    weights = torch.linalg.solve(gram, x.T @ (y - bias))
-    return 100 * ((x_test @ weights + bias).argmax(1) == labels).double().mean().item()
+    ridge = penalty * len(train_x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    gram = train_x.T @ train_x + ridge
+    weights = torch.linalg.solve(gram, train_x.T @ (y - bias))
+    return 100 * ((x @ weights + bias).argmax(1) == labels).double().mean().item()
 
 
-def print_probe(encoders, train, val, args, device, train_limit=3000, limit=3000):
-    """Print the accuracy of ridge regression on frozen features. encoders: {"after": a function as in `features`}."""
-    x, y = features(encoders.values(), train, args, device, train_limit)
-    x_val, y_val = features(encoders.values(), val, args, device, limit)
-    found = [ridge_probe(one, y, one_val, y_val) for one, one_val in zip(x, x_val)]
-    if args.rank == 0:
-        print(f"probe of the frozen encoder on validation samples: chance {100 / len(set(y.tolist())):.1f} %, "
-              + ", ".join(f"{accuracy:.1f} % {when}" for accuracy, when in zip(found, encoders)))
-
-
-def report_unreadable(args, *sources):
-    """Say how many files of each source all processes together could not read so far."""
-    for source in sources:
-        if isinstance(source, Files):
-            bad = int((sum_over_processes(source.unreadable.int()) > 0).sum())
-            if args.rank == 0 and bad:
-                print(f"{bad} of {len(source)} files could not be read and were skipped", file=sys.stderr)
-
-
-def in_unit_range(source):
-    """Whether some images of a source are bytes or lie in [0, 1], so that ImageNet's mean and std suit them."""
-    if not isinstance(source, Files):
-        return True
-    samples = Samples(source, v2.PILToTensor())
-    pixels = [samples.example(index)[0] for index in evenly(len(source), 4)]
-    return all(not x.is_floating_point() or (x.amin() >= 0 and x.amax() <= 1) for x in pixels)
-
-
-def contents(source, classes=None):
-    """What a source holds, in words: "12,345 videos in 10 classes"."""
-    names = getattr(source, "names", None)
-    number, kinds = len(source), {}
-    if names is None:
-        kinds["built-in clips" if isinstance(source, Clips) else "images"] = number
-    elif source.dates > 1:
-        kinds["series of images"] = number
-    elif source.frames > 1:
-        videos = sum(os.fsdecode(name).lower().endswith(VIDEO_FILES) for name in names)
-        kinds = {"videos": videos, "folders of frames": number - videos}
-    else:
-        kinds["images"] = number
-    words = " and ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
-    return words + (f" in {len(classes)} classes" if classes else "")
-
-
-def settle(args, source, val=None, classes=None):
-    """Fill in what depends on the data, mean, std and steps, check what does, and say what was found."""
-    if bool(args.mean) != bool(args.std):
-        raise UserError("give both --mean and --std, or neither")
-    if args.measure or not args.mean and (args.channels != 3 or not in_unit_range(source)):
-        args.mean, args.std = measure_mean_and_std(source, args.image_size)
-    args.mean, args.std = list(args.mean or IMAGENET_MEAN), list(args.std or IMAGENET_STD)
-    if len(args.mean) != args.channels or len(args.std) != args.channels or not min(args.std) > 0:
-        raise UserError(f"--mean and --std need {args.channels} numbers each, one a channel, and --std positive ones")
-    if args.task == "show":
-        return
-    if args.batch_size % (args.accumulate * args.processes):
-        raise UserError(f"a batch of {args.batch_size} cannot be shared by {args.processes} processes "
-                        f"in {args.accumulate} micro-batches each")
-    args.steps_per_epoch = max(1, len(source) // args.batch_size)
-    if args.steps is None:
-        args.steps = max(1, math.ceil(args.epochs * len(source) / args.batch_size))
-    if args.rank == 0 and not args.benchmark:  # what was found shows many a mistake at once
-        words = f"{contents(source, classes)} for training, " + (f"{len(val):,} for validation" if val else
-                                                                 "none for validation")
-        passes = args.steps * args.batch_size / len(source)
-        words += f"; {args.steps:,} steps of {args.batch_size:,} are {passes:,.3g} passes over the data"
-        print(f"{contents(val, classes)} for validation" if getattr(args, "eval_only", False) else words)
-
+def print_ridge_probe(encoders: dict[str, Callable], train: Samples, val: Samples, loader: Loader,
+                      train_limit: int = 3000, limit: int = 3000) -> None:
+    """Print the ridge probe's accuracy. encoders: {when: (pixels, ...) -> (B, D)}."""
+    train_x, train_labels = extract_features(list(encoders.values()), train, loader, train_limit)
+    x, labels = extract_features(list(encoders.values()), val, loader, limit)
+    accuracies = []
+    for when, a, b in zip(encoders, train_x, x):
+        accuracies.append(f"{ridge_probe(a, train_labels, b, labels):.1f} % {when}")
+    if get_rank() == 0:
+        chance = 100 / len(set(train_labels.tolist()))
+        print(f"ridge probe of the frozen encoder on validation samples: chance {chance:.1f} %, "
+              f"{', '.join(accuracies)}")
