@@ -631,7 +631,8 @@ class Checkpoints:
             self.optimizer.load_state_dict(content["optimizer"])
             if content["scaler"]:  # empty unless the run is in fp16
                 self.scaler.load_state_dict(content["scaler"])
-            step, self.best, before = content["step"], content["best"], content["world_size"]
+            step, self.best, self.score = content["step"], content["best"], content["score"]
+            before = content["world_size"]
             if before != get_world_size() and get_rank() == 0:
                 print(f"so far {before} processes made this run, now {get_world_size()}: sums round, "
                       "and drop path, MixUp and CutMix are drawn, differently", file=sys.stderr)
@@ -715,7 +716,8 @@ class Checkpoints:
             raise UserError(f"the weights after step {step} are not finite, so they are not saved: "
                             "lower --base-lr")
         content = {"settings": self.settings, "classes": self.classes, "step": step,
-                   "best": self.best, "world_size": get_world_size(), "model": weights,
+                   "best": self.best, "score": self.score, "world_size": get_world_size(),
+                   "model": weights,
                    "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         write_atomically(self.out / name, lambda file: torch.save(content, file))
 

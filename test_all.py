@@ -83,8 +83,8 @@ def random_masks(batch, grid=(4, 4), ratio=0.75):
 
 def config_of(**values):
     """A stand-in for a config, as far as the parts under test need it."""
-    fields = dict(benchmark=None, accumulate=1, workers=0, device="cpu", precision="fp32", mean=None, std=None, channels=3,
-                  image_size=32, seed=0)
+    fields = dict(benchmark=None, accumulate=1, workers=0, device="cpu", precision="fp32", mean=None, std=None,
+                  channels=3, image_size=32, seed=0)
     return argparse.Namespace(**{**fields, **values})
 
 
@@ -612,6 +612,12 @@ def test_block_masks_are_blocks_and_reach_all_edges(method):
             assert abs(blocks.select(d + 1, near).mean() - blocks.select(d + 1, far).mean()) < 0.03
 
 
+def test_cubes_reach_the_first_and_the_last_time():
+    masks = masks_of(maskfeat.MASKS["cube"], (8, 14, 14), 0.4, number=1000).view(1000, 8, 196)
+    at_times = masks.float().mean((0, 2))
+    assert abs(at_times[0] - at_times[7]) < 0.05  # as much is masked at the first time as at the last
+
+
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_loss_equals_the_obvious_computation_on_images_of_any_shape_and_channels(norm_pix_loss):
     model, images = tiny_mae(image_size=(32, 48), channels=5, norm_pix_loss=norm_pix_loss), torch.randn(3, 5, 32, 48)
@@ -636,6 +642,13 @@ def test_initialization():
     biases = {name: x.unique().tolist() for name, x in tiny_maskfeat().named_parameters() if name.endswith("bias")}
     assert biases["blocks.3.attn.qkv.bias"] == biases["blocks.0.norm1.bias"] == [pytest.approx(0.02)]  # as published
     assert biases["pred_head.1.bias"] == [0.0] and len(biases["patch_embed.proj.bias"]) > 100
+
+
+def test_initialization_of_heads():
+    heads = [method.new_classifier(method.configure(task), 1000).head
+             for method, task in ((mae, "finetune"), (maskfeat, "finetune"), (mae, "linprobe"))]
+    for head, std in zip((*heads[:2], heads[2][1]), (2e-5, 2e-5, 0.01)):
+        assert head.weight.std().item() == pytest.approx(std, rel=0.1) and not head.bias.any()
 
 
 # ------------------------------------------------------------------------------------------------- schedule, optimizer
@@ -721,6 +734,18 @@ def test_schedules_and_the_optimizer_of_each_task(task, request, tmp_path, monke
     assert rates == pytest.approx([last * 0.5 ** layer for layer in layers])
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_crops_are_those_of_the_papers(task, of_task, tmp_path, monkeypatch):
+    method, flags = of_task
+    crop = MagicMock(wraps=v2.RandomResizedCrop)
+    monkeypatch.setattr(v2, "RandomResizedCrop", crop)
+    main(monkeypatch, *flags, "--steps", 1, "--out", tmp_path, method=method)
+    (_, scale, *ratio), options = crop.call_args
+    assert scale == ({"mae": 0.2, "maskfeat": 0.5, "vjepa": 0.3}.get(task, 0.08), 1) and crop.call_count == 1
+    assert ratio == [(0.75, 1.35)] * (task == "vjepa")
+    assert options.get("interpolation", data.BILINEAR) == (data.BILINEAR if task == "vjepa" else data.BICUBIC)
+
+
 def test_ridge_probe_and_exact_accuracy():
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(3, 8, generator=generator)
@@ -732,6 +757,14 @@ def test_ridge_probe_and_exact_accuracy():
     batches = [(logits[:2], torch.tensor([6, 2])), (logits[2:], torch.tensor([1, -1, 0]))]
     metrics = common.accuracy(torch.nn.PReLU(), batches, contextlib.nullcontext(), verbose=False)
     assert metrics == {"top1": 25, "top5": 50}  # of the four that count
+
+
+def test_all_processes_test_with_the_statistics_of_rank_0(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(4, affine=False), torch.nn.Linear(4, 3))
+    monkeypatch.setattr(common, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda buffer, rank: buffer.fill_(7 + rank))
+    common.accuracy(model, [], contextlib.nullcontext(), verbose=False)
+    assert (model[0].running_mean == 7).all() and (model[0].running_var == 7).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -1121,6 +1154,15 @@ def test_the_score_is_of_training_samples(folder, tmp_path, monkeypatch, capsys,
     assert [len(call.args[1].source) for call in extract.call_args_list] == [12, 24] * 2
 
 
+def test_without_labels_the_score_is_the_rank_of_training_samples():
+    train, val = (data.Samples(data.Photographs(part, length=60), data.CenterCrop(16)) for part in (True, False))
+    inputs, loader = ([lambda x: x.flatten(1)], cpu_loader())
+    metrics = data.evaluate_features(*inputs, train, val, loader, 20, False)
+    ranks = [data.collapse_metrics(data.extract_features(inputs, samples, loader, 20)[0][0])["effective_rank"]
+             for samples in (val, train)]
+    assert [metrics["effective_rank"], metrics["score_rank"]] == pytest.approx(ranks) and ranks[0] != ranks[1]
+
+
 def test_a_file_of_a_model_hub(tmp_path, monkeypatch):
     """With timm's names, as vit_base_patch16_224.mae has them."""
     path, weights = tmp_path / "model.safetensors", filled(vit_table())
@@ -1224,7 +1266,7 @@ def test_hog_equals_its_definition_on_photographs(hog, cell):
 
 
 def test_hog_equals_scikit_image(monkeypatch):
-    """skimage takes centerd differences: they are replaced by the Sobel filter. It averages lengths where we add them
+    """skimage takes centered differences: they are replaced by the Sobel filter. It averages lengths where we add them
     up, which the norm takes out, and has the axes the other way round, so it gets the transposed image."""
     import skimage.feature
     from scipy.ndimage import sobel
@@ -1493,6 +1535,14 @@ def test_vjepa_masks_equal_the_published_rule(masking, blocks, context_frames):
     assert np.std(lengths, axis=0).min() > (10 if masking == "multiblock" else 3)  # the lengths do change
 
 
+def test_the_size_of_the_blocks_depends_on_the_seed():
+    heights = []
+    for seed in range(20):
+        mask, = vjepa.draw_masks(mask_config(masking="block", mask_ratio=0.3, seed=seed), (1, 14, 14), 0)
+        heights.append(int(mask.view(14, 14).any(dim=1).sum()))
+    assert len(set(heights)) > 2
+
+
 @pytest.mark.parametrize("context_frames", [None, 6])
 def test_vjepa_tubes_are_random_patches_at_all_times(context_frames):
     config = mask_config(masking="tube", mask_ratio=0.9, context_frames=context_frames)
@@ -1585,6 +1635,15 @@ def test_segments_are_attended_together_and_views_averaged():
     probabilities = sum(x.softmax(-1) for x in logits) / 3
     assert torch.allclose(model(clips).exp(), probabilities, atol=1e-6)
     assert torch.allclose(model(clips[:, 0]), logits[0], atol=1e-6)
+
+
+def test_the_probe_gets_all_segments_and_in_a_test_all_views(videos, tmp_path, monkeypatch):
+    shapes, forward = set(), vjepa.Classifier.forward
+    monkeypatch.setattr(vjepa.Classifier, "forward", lambda model, clips: (
+        shapes.add((model.training, clips.shape[1:-4])) or forward(model, clips)))
+    main(monkeypatch, "probe", "--data", videos, *MASKFEAT_FLAGS, "--frames", 4, "--patch-size", 8, "--segments", 2,
+         "--views", 3, "--steps", 1, "--out", tmp_path, method=vjepa)
+    assert shapes == {(True, (2,)), (False, (3, 2))}
 
 
 def test_views_cover_the_longer_side_and_stills_repeat():
@@ -1681,6 +1740,11 @@ def test_tasks_on_images_by_command_line(method, tiny, folder, tmp_path, monkeyp
         names = {name for name in after if name.startswith("head.0")}  # nothing of BatchNorm is learned
         assert names == {f"head.0.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
         assert after["head.1.weight"].shape == (2, 128)
+
+
+def test_a_classifier_is_tested_after_each_epoch_and_at_the_end(folder, tmp_path, monkeypatch):
+    main(monkeypatch, "finetune", "--data", folder, "--steps", 8, *MASKFEAT_FLAGS, "--out", tmp_path)
+    assert [record["step"] for record in records(tmp_path) if "top1" in record] == [3, 6, 8]  # 24 images: 3 steps
 
 
 def test_runs_from_python_leave_their_config_and_the_process_as_they_were(videos, tmp_path):
@@ -1870,6 +1934,20 @@ def test_a_second_interrupt_ends_a_run_at_once():
     assert finish(process).returncode == -signal.SIGINT
 
 
+def test_a_signal_to_one_process_stops_all(tmp_path):
+    """And the same signal to several processes is that signal."""
+    script = tmp_path / "signals.py"
+    script.write_text(f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport common\n"
+                      "common.init_distributed('cpu')\n"
+                      "with common.StopSignals() as stop:\n"
+                      "    for rank in (1, 0):\n"
+                      "        if common.get_rank() == rank:\n"
+                      "            os.kill(os.getpid(), signal.SIGTERM)\n"
+                      "        print('received', stop.received(), flush=True)\n")
+    done = run(script, processes=2)
+    assert done.returncode == 0 and done.stdout.count("received 15\n") == 4, done.stdout + done.stderr
+
+
 def test_an_unexpected_error_ends_the_workers_too(tmp_path):
     code = ("import common, mae, sys\n"
             f"sys.argv = ['mae.py', '--steps', '9', '--workers', '2', '--device', 'cpu', '--out', {str(tmp_path)!r}]\n"
@@ -1941,6 +2019,17 @@ def test_a_loss_that_is_not_finite(precision, folder, tmp_path, monkeypatch):
         assert logged.pop(2) is None and np.isfinite(logged).all() and len(logged) == 4
         assert checkpoint["scaler"]["scale"] == 2.0 ** 15  # halved once
         assert checkpoint["optimizer"]["state"][0]["step"] == 7
+
+
+@pytest.mark.parametrize("task", ["mae", "maskfeat", "vjepa", "mae finetune"])
+def test_a_record_is_written_before_the_checkpoint(task, of_task, tmp_path, monkeypatch):
+    """A run that is killed between the two has no gap in its log."""
+    method, flags = of_task
+    save, seen = common.Checkpoints.save, []
+    monkeypatch.setattr(common.Checkpoints, "save", lambda checkpoints, *rest, **named: (
+        seen.append(records(tmp_path)[-1]["step"]), save(checkpoints, *rest, **named)))
+    main(monkeypatch, *flags, "--steps", 2, "--out", tmp_path, method=method)
+    assert seen == [1, 2]
 
 
 def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, monkeypatch):
@@ -2397,9 +2486,6 @@ def test_maskfeat_learns(folder, tmp_path, monkeypatch):
     assert np.mean(losses(tmp_path)[-10:]) < 0.75 * losses(tmp_path)[0]
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
-
-
 # ------------------------------------------------------------------------------------------------------- bad input
 
 SCRIPTS = {"mae": mae, "maskfeat": maskfeat, "vjepa": vjepa}
@@ -2505,6 +2591,11 @@ def test_from_python_too_unknown_names_and_wrong_types_are_refused(method, task)
     assert method.configure(task, out=Path("runs/x")).out == "runs/x"  # a setting that a checkpoint can hold
 
 
+def test_a_config_of_its_own_is_checked_too():
+    with pytest.raises(ValueError, match="--batch-size 0 is not"):
+        mae.Pretrain(data="DIR", batch_size=0)
+
+
 # ------------------------------------------------------------------------------------------- configuration, precedence
 
 SAVED = dict(  # in a checkpoint; hardly a value is that of a default or preset
@@ -2571,6 +2662,13 @@ def test_precedence_of_values(method, task, tmp_path, monkeypatch):
     for name, value in shapes.items():
         with pytest.raises(common.UserError, match=f"--{name.replace('_', '-')} {value} does not fit .*own.pt"):
             method.configure(task, init=str(tmp_path / "own.pt"), **{name: value})
+
+
+def test_the_preset_of_the_size_in_a_checkpoint(tmp_path):
+    weights = {name: torch.zeros(1).expand(shape) for name, shape in vit_table(1024, 24, (16, 16), 197).items()}
+    torch.save({"model": weights}, tmp_path / "large.pth")
+    config = mae.configure("finetune", data="DIR", init=tmp_path / "large.pth")
+    assert (config.size, config.epochs, config.layer_decay, config.drop_path) == ("large", 50, 0.75, 0.2)
 
 
 def test_a_checkpoint_without_settings_leaves_open_what_the_paper_says(tmp_path):
@@ -2649,6 +2747,43 @@ def test_a_run_with_other_settings_is_not_overwritten(checkpoint, folder, monkey
     assert checkpoint.read_bytes() == before
 
 
+def test_a_run_of_epochs_is_not_resumed_with_more_data(folder, tmp_path, monkeypatch, no_probe):
+    images = shutil.copytree(folder / "train", tmp_path / "images")
+    flags = ["--data", images, "--epochs", 0.5, *TINY_FLAGS, "--out", tmp_path / "run"]
+    main(monkeypatch, *flags)  # of 24 images
+    shutil.copytree(folder / "test", images / "more")
+    with pytest.raises(common.UserError, match="steps 2 there, 3 now"):
+        main(monkeypatch, *flags)
+
+
+def test_a_run_with_other_classes_is_not_resumed(folder, tmp_path, monkeypatch):
+    images = shutil.copytree(folder, tmp_path / "images")
+    flags = ["finetune", "--data", images, "--steps", 1, *MASKFEAT_FLAGS, "--out", tmp_path / "run"]
+    main(monkeypatch, *flags)
+    for split in ("train", "test"):
+        (images / split / "coffee").rename(images / split / "tea")
+    with pytest.raises(common.UserError, match="other classes"):
+        main(monkeypatch, *flags)
+
+
+def test_what_may_change_when_a_run_resumes(no_probe, saved_run, monkeypatch, capsys):
+    """What tells how it is computed, logged and saved; no other setting."""
+    out, flags = saved_run
+    weights = end_of(out)
+    harmless = {"accumulate": 2, "checkpointing": True, "compile": False, "log_every": 2, "save_every": 2,
+                "keep_every": 2, "evaluate_every": 2, "evaluate_samples": 4, "precision": "bf16", "workers": 1,
+                "device": "cpu"}
+    main(monkeypatch, *flags, *as_flags(harmless))
+    assert "step 3 of 3" in capsys.readouterr().out and torch.equal(end_of(out), weights)
+    resumable = {*harmless, "out", "fresh", "benchmark", "probe_labels"}
+    for method, task in ALL_TASKS:
+        config_class = method.TASKS[task][1]
+        fields = {field.name for field in dataclasses.fields(config_class)}
+        assert fields & set(config_class.resumable) == fields & resumable
+    with pytest.raises(common.UserError, match="seed 0 there, 1 now"):
+        main(monkeypatch, *flags, "--seed", 1)
+
+
 def test_a_setting_that_a_checkpoint_lacks_counts_with_its_default(folder, tmp_path, monkeypatch):
     flags, path = ["--data", folder, "--out", tmp_path, "--steps", 2, *TINY_FLAGS], tmp_path / "last.pt"
     main(monkeypatch, *flags)
@@ -2680,6 +2815,15 @@ def test_where_a_checkpoint_cannot_be_written_all_processes_say_so(folder, tmp_p
     done = run("mae.py", *flags, tmp_path / "step-00002", processes=2)
     assert done.returncode and "step-00002.pt could not be written" in done.stderr
     assert 'common.py", line' not in done.stderr  # no traceback but torchrun's own
+
+
+def test_processes_that_see_different_folders_are_refused(saved_run, monkeypatch):
+    """As on two machines without a shared disk, where the other one has no checkpoint."""
+    _, flags = saved_run
+    monkeypatch.setattr(common, "get_world_size", lambda: 2)
+    monkeypatch.setattr(common, "all_reduce", lambda own, *_: own + 0)  # no step of the other one
+    with pytest.raises(common.UserError, match="put --out on a shared disk"):
+        main(monkeypatch, *flags)
 
 
 def test_names_in_checkpoints(checkpoint, tmp_path):
@@ -2719,6 +2863,14 @@ def test_the_picture_shows_what_the_prediction_gets_back(normalized, folder, tmp
         means = original.mean(dim=2, keepdim=True).expand_as(original)
         assert torch.allclose(between[0][masked], means[masked], atol=1e-5)
         assert not torch.allclose(between[0][masked], reconstruction[masked], atol=1e-3)
+
+
+@pytest.mark.parametrize("task", ["mae", "maskfeat", "vjepa"])
+def test_the_picture_is_of_validation_samples(task, of_task, tmp_path, monkeypatch):
+    (method, flags), shown = of_task, []
+    monkeypatch.setattr(method, "save_picture", lambda model, samples, *_: shown.extend(samples.source.names))
+    main(monkeypatch, *flags, "--steps", 1, "--out", tmp_path, method=method)
+    assert shown and not any(b"/train/" in name for name in shown)
 
 
 @pytest.mark.parametrize("method, model", [
