@@ -888,6 +888,7 @@ def benchmark_steps(config, device: torch.device, unit: str = "images") -> Itera
             "ms_per_step": round(1000 * seconds, 2), "gflop_per_step": round(flops / 1e9, 3),
             "mfu": round(flops / seconds / peak, 3) if has_mfu else None,
             "peak_memory_gib": round(memory / 2 ** 30, 2), "precision": precision,
+            "compile": cuda if config.compile is None else config.compile,
             "world_size": get_world_size()}))
 
 
