@@ -70,7 +70,7 @@ class AutoencoderConfig:
     decoder_dim: int = 512  # width of the decoder
     decoder_depth: int = 8  # blocks of the decoder
     decoder_heads: int = 16  # attention heads of the decoder
-    masking: Literal["random", "block", "grid"] = "random"  # kind of mask
+    masking: Literal["random", "block", "grid"] = "random"  # masking strategy
     mask_ratio: Fraction = 0.75  # fraction of the patches that are masked
     norm_pix_loss: bool = True  # targets normalized by mean and standard deviation of each patch
     consistent: bool = False  # the same mask in all groups of bands, or at all dates

@@ -60,7 +60,7 @@ class EncoderConfig:
 class PredictionConfig:
     target: Literal["hog", "pixels"] = "hog"  # target: HOG, or pixels normalized by patch
     cell: int = 8  # side of a cell of HOG, pixels; a patch holds whole cells
-    masking: Literal["block", "cube", "tube", "frame", "random"] = "block"  # kind of mask
+    masking: Literal["block", "cube", "tube", "frame", "random"] = "block"  # strategy; cube, tube, frame for clips
     mask_ratio: Fraction = 0.4  # fraction of the tokens that are masked
 
     def __post_init__(self):

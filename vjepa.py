@@ -70,7 +70,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingConfig:
-    masking: Literal["multiblock", "block", "tube"] = "multiblock"  # kind of mask, the same at all times
+    masking: Literal["multiblock", "block", "tube"] = "multiblock"  # masking strategy, the same at all times
     mask_ratio: Fraction = 0.9  # fraction of the frame that block and tube mask
     context_frames: int | None = None  # mask all frames after the first n (default: no limit)
 
