@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import inspect
 import json
 import math
@@ -492,6 +493,12 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def print_once(sentence: str) -> None:
+    """Print on stderr, beside an open progress bar, by the first process alone."""
+    if get_rank() == 0:
+        tqdm.write(sentence, sys.stderr)
+
+
 def all_reduce(tensor: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
     """The sum (or another reduction) of a tensor over all processes, in place."""
     if dist.is_initialized():
@@ -550,10 +557,10 @@ def wrap_model(model: nn.Module, config: "Training", device: torch.device,
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     compiled = config.compile if config.compile is not None else device.type == "cuda"
     for block in blocks:
-        block.checkpointing = config.checkpointing
+        block.checkpointing = block.checkpointing or config.checkpointing
         if compiled and by_block:
             block.compile()  # block.forward = ... would leave a copy with this one's weights
-    if config.checkpointing and torch.__version__ < (2, 13):  # DDP cannot split it (issue 104674)
+    if blocks[0].checkpointing and torch.__version__ < (2, 13):  # DDP cannot split it (issue 104674)
         torch._dynamo.config.optimize_ddp = False
     net = model
     if get_world_size() > 1:
@@ -601,6 +608,80 @@ class Plan(NamedTuple):
     std: list[float]
     steps: int
     steps_per_epoch: int
+    accumulate: int = 1  # micro-batches of a step, on each GPU
+
+
+MARGIN = 0.1  # of a GPU's memory: for torch.compile, NCCL and fragmentation
+
+
+def plan_micro_batches(config, plan: Plan, model: nn.Module, loader, samples, autocast,
+                       largest: int | None = None) -> Plan:
+    """The plan with as few micro-batches as fit into the GPU, unless the config says how many.
+
+    largest: the most samples of a micro-batch. If not even one fits, activation checkpointing is
+    turned on. Call this before DDP and the optimizer's first step. All processes get the same plan;
+    weights, gradients and random numbers stay as they are. Raises UserError if nothing fits.
+    """
+    if config.accumulate or loader.device.type != "cuda":
+        return plan
+    total, world_size = torch.cuda.mem_get_info()[1], get_world_size()
+    size = config.batch_size // world_size
+    largest = min(largest or size, size)
+    sizes = [n for n in range(largest, 0, -1) if size % n == 0]
+    for checkpointing in [True] if config.checkpointing else [False, True]:
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.checkpointing = checkpointing
+        if checkpointing > config.checkpointing:
+            print_once("not even one sample fits into memory: as with --checkpointing, activations "
+                       "are now recomputed in the backward pass")
+        for micro_batch in sizes:
+            peak = try_micro_batch(model, loader, samples, autocast, micro_batch, int(MARGIN * total))
+            if peak is None:
+                continue
+            accumulate = size // micro_batch
+            parts = f"in {accumulate} micro-batches of {micro_batch}" if accumulate > 1 else "at once"
+            gpus = "1 GPU" if world_size == 1 else f"each of {world_size} GPUs"
+            advice = ""
+            if micro_batch < largest < size:
+                advice = f"; with --checkpointing up to {largest}, as published, may fit"
+            print_once(f"batch of {config.batch_size:,} {parts} on {gpus}, {peak / 2 ** 30:.1f} of "
+                       f"{total / 2 ** 30:.1f} GiB{advice}")
+            return plan._replace(accumulate=accumulate)
+    raise UserError("not even one sample fits into the GPU's memory, with --checkpointing either: "
+                    "use a smaller --size or --image-size")
+
+
+def try_micro_batch(model: nn.Module, loader, samples, autocast, size: int, margin: int) -> int | None:
+    """The memory in bytes that training on `size` samples takes; None if a process has not enough."""
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    torch.cuda.reset_peak_memory_stats()
+    with torch.random.fork_rng([torch.cuda.current_device()]):
+        fits = fits_in_memory(model, loader, samples, autocast, size, margin)
+    model.zero_grad(set_to_none=True)
+    for buffer, before in zip(model.buffers(), buffers):  # BatchNorm's statistics
+        buffer.copy_(before)
+    peak = torch.cuda.max_memory_allocated() - margin
+    torch.cuda.empty_cache()
+    # One process may have less memory than another: all go on to the next size together.
+    return peak if all_reduce(torch.tensor(int(fits)), dist.ReduceOp.MIN) else None
+
+
+def fits_in_memory(model: nn.Module, loader, samples, autocast, size: int, margin: int) -> bool:
+    """Try a forward and a backward pass on random pixels, beside a margin and AdamW's state."""
+    state = sum(2 * p.nbytes for p in model.parameters() if p.requires_grad)
+    try:
+        device = next(model.parameters()).device
+        reserved = torch.empty(margin + state, dtype=torch.uint8, device=device)
+        pixels, _, *inputs = next(loader.random_batches(samples, size, 1))
+        with autocast:  # inputs: [stamps, visible, masked]; forward has the stamps last
+            output = model(pixels, *inputs[-2:], *inputs[:-2])
+        output = output[0] if isinstance(output, tuple) else output  # the loss, or logits
+        output.float().mean().backward()
+        del reserved
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 class Checkpoints:
@@ -743,13 +824,14 @@ def write_atomically(path: Path, write: Callable) -> None:
 class Log:
     """The progress bar, and records in log.jsonl and for TensorBoard, if it is installed.
 
-    `progress` are the steps that are left. The bar and TensorBoard are open until `close`.
+    The bar and TensorBoard are open until `close`.
     """
 
-    def __init__(self, config, start: int, steps: int, unit: str = "images"):
-        self.config, self.unit, self.file = config, unit, Path(config.out, "log.jsonl")
+    def __init__(self, config, plan: Plan, start: int, unit: str = "images"):
+        self.config, self.plan, self.unit = config, plan, unit
+        self.file = Path(config.out, "log.jsonl")
         self.time, self.last_step, self.board = time.perf_counter(), start, None
-        self.progress = tqdm(range(start, steps), initial=start, total=steps, unit="step",
+        self.progress = tqdm(range(start, plan.steps), initial=start, total=plan.steps, unit="step",
                              disable=get_rank() > 0,
                              mininterval=0.1 if sys.stderr.isatty() else 30)
         if get_rank() == 0:
@@ -757,6 +839,16 @@ class Log:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(Path(config.out, "tensorboard"), purge_step=start)
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, with the progress bar; after 20 says when the run will end."""
+        for number, step in enumerate(self.progress):
+            if number == 5:  # the first ones compile
+                begin = time.perf_counter()
+            if number == 20:
+                seconds = (time.perf_counter() - begin) / 15
+                print_once(estimate(seconds, self.plan.steps, self.plan.steps - step))
+            yield step
 
     def drop_later_records(self, start: int) -> None:
         """Keep the records up to the step that a run resumes from, without damaged lines."""
@@ -783,7 +875,7 @@ class Log:
         losses.clear()
         if not finite.all() and not (scaler.is_enabled() and scaler.get_scale() >= 1):
             first = int((~finite).nonzero()[0])
-            bad = step - (len(stacked) - 1 - first) // self.config.accumulate
+            bad = step - (len(stacked) - 1 - first) // self.plan.accumulate
             raise UserError(f"the loss of step {bad} is not finite, at a learning rate of about "
                             f"{values['lr']:.2g}: lower --base-lr, or use --precision bf16 or fp32")
         now = time.perf_counter()
@@ -846,6 +938,15 @@ class StopSignals:
         return int(all_reduce(torch.tensor(self.number), dist.ReduceOp.MAX))  # on the CPU: no wait
 
 
+def estimate(seconds: float, steps: int, left: int) -> str:
+    """A sentence on when a run ends, from seconds a step, steps in all and those that are left."""
+    end = datetime.datetime.now() + datetime.timedelta(seconds=seconds * left)
+    hours = seconds * left / 3600
+    duration = f"{hours * 60:.0f} minutes" if hours < 2 else f"{hours:,.0f} hours"
+    return (f"{seconds:.2g} s a step, {left:,} of {steps:,} steps are left: {duration}, until "
+            f"{end:%A %H:%M}" + f" {end:%d %B %Y}" * (hours > 6 * 24))
+
+
 WARMUP_STEPS = 5  # of a benchmark
 PEAK_FLOPS = {  # dense bf16, from NVIDIA's data sheets
     "NVIDIA B200": 2250e12, "NVIDIA GH200 480GB": 989e12, "NVIDIA H200": 989e12,
@@ -854,14 +955,21 @@ PEAK_FLOPS = {  # dense bf16, from NVIDIA's data sheets
     "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA A100-PCIE-40GB": 312e12}
 
 
-def benchmark_steps(config, device: torch.device, unit: str = "images") -> Iterator[int]:
+class WholeModel(contextlib.nullcontext):
+    """Instead of FlopCounterMode's counts by module, whose hooks keep recomputed activations alive."""
+    parents = ("Global",)
+
+
+def benchmark_steps(config, plan: Plan, device: torch.device, unit: str = "images") -> Iterator[int]:
     """The steps of a benchmark: WARMUP_STEPS, then those that are timed, then a line of JSON.
 
     Counts the operations of matrix products and, on a GPU, of attention, in the first step, without
     torch.compile. Memory is that of the device, or on a CPU of the whole process.
     """
     cuda = device.type == "cuda"
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = WholeModel()
+    with counter, torch.compiler.set_stance("force_eager"):
         yield 0
     yield from range(1, WARMUP_STEPS)
     torch.get_device_module(device).synchronize()
@@ -890,6 +998,7 @@ def benchmark_steps(config, device: torch.device, unit: str = "images") -> Itera
             "peak_memory_gib": round(memory / 2 ** 30, 2), "precision": precision,
             "compile": cuda if config.compile is None else config.compile,
             "world_size": get_world_size()}))
+    print_once(estimate(seconds, plan.steps, plan.steps))
 
 
 def save_pictures(columns: list[Tensor], path: Path) -> None:
@@ -954,7 +1063,7 @@ class Training(Task):
     base_lr: float = 1e-3  # learning rate per 256 samples of a batch
     warmup: Fraction = 0.0  # warm-up, as a fraction of the steps
     clip_grad: float | None = None  # maximum gradient norm (default: no limit)
-    accumulate: int = 1  # micro-batches that the batch of each GPU is split into, to save memory
+    accumulate: int | None = None  # micro-batches of a step on each GPU (default: auto, as few as fit)
     checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     compile: bool | None = None  # torch.compile (default: on CUDA)
     fresh: bool = False  # start over instead of resuming the run in --out
@@ -1040,6 +1149,11 @@ def parse_image_size(text: str) -> ImageSize:
     return sides[0] if len(sides) == 1 else tuple(sides)
 
 
+def parse_or_none(parse: Callable, text: str):
+    """`parse(text)`, and None for "auto" and "none", of flags whose default is found or is no limit."""
+    return None if text.lower() in ("auto", "none") else parse(text)
+
+
 def help_texts(config_class: type) -> dict[str, str]:
     """{field: the comment behind it in the source} of a config class and its parents."""
     parents = reversed(config_class.__mro__[:-1])  # without `object`
@@ -1060,6 +1174,8 @@ def add_flags(parser, config_class: type, presets: dict, docs: dict[str, str]) -
             options = {"nargs": "+", "type": float}
         else:
             parse = parse_image_size if kind == ImageSize else kind
+            if type(None) in typing.get_args(hints[field.name]) and kind is not str:
+                parse = functools.partial(parse_or_none, parse)
             options = {"type": parse, "metavar": name.upper()}
         values = {"default": field.default} | {k: x[name] for k, x in presets.items() if name in x}
         shown = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
@@ -1194,14 +1310,15 @@ def train_classifier(config, plan: Plan, classes: list[str], model: nn.Module, o
     {metric: value}; mix: MixUp or CutMix of (pixels, labels).
     """
     autocast, scaler = mixed_precision(config.precision, loader.device)
+    plan = plan_micro_batches(config, plan, model, loader, samples, autocast)
     checkpoints = Checkpoints(config, plan, model, optimizer, scaler, classes)
     start = checkpoints.resume()
     net = wrap_model(model, config, loader.device)
-    batches = loader.train(samples, config, start, plan.steps)
-    log, losses = Log(config, start, plan.steps, unit), []
+    batches = loader.train(samples, config, plan, start)
+    log, losses = Log(config, plan, start, unit), []
 
     with StopSignals() as stop:
-        for step in log.progress:
+        for step in log.steps():
             lr, weight_decay = schedule(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -1209,15 +1326,15 @@ def train_classifier(config, plan: Plan, classes: list[str], model: nn.Module, o
 
             model.train()
             torch.manual_seed(derive_seed(config.seed, TRAIN_STEP, step, get_rank()))
-            for micro_step in range(config.accumulate):
+            for micro_step in range(plan.accumulate):
                 pixels, labels, *stamps = next(batches)
                 if mix:
                     pixels, labels = mix(pixels, labels)
-                net.require_backward_grad_sync = micro_step == config.accumulate - 1  # of DDP
+                net.require_backward_grad_sync = micro_step == plan.accumulate - 1  # of DDP
                 with autocast:
                     logits = net(pixels, *stamps)
                     loss = F.cross_entropy(logits, labels, label_smoothing=config.smoothing)
-                scaler.scale(loss / config.accumulate).backward()
+                scaler.scale(loss / plan.accumulate).backward()
                 losses.append(loss.detach())
             if config.clip_grad:
                 scaler.unscale_(optimizer)

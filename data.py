@@ -676,21 +676,22 @@ def mixup_cutmix(config, num_classes: int) -> Callable | None:
 def plan_training(config, train: Dataset, val: Dataset | None, classes: list[str] | None) -> Plan:
     """Mean, std and number of steps of a run; prints what was found."""
     size, world_size = config.batch_size, get_world_size()
-    if size % (config.accumulate * world_size):
+    accumulate = config.accumulate or 1  # None: `common.plan_micro_batches` finds it
+    if size % (accumulate * world_size):
         raise UserError(f"a batch of {size} cannot be split over {world_size} processes in "
-                        f"{config.accumulate} micro-batches each")
+                        f"{accumulate} micro-batches each")
     mean, std = mean_and_std(config, train)
     benchmark, eval_only = getattr(config, "benchmark", None), getattr(config, "eval_only", False)
     steps = config.steps or max(1, math.ceil(config.epochs * len(train) / size))
-    if benchmark:
-        steps = WARMUP_STEPS + benchmark
-    elif get_rank() == 0 and eval_only:
+    if get_rank() > 0 or benchmark:
+        pass
+    elif eval_only:
         print(f"{describe_source(val, classes)} for validation")
-    elif get_rank() == 0:
+    else:
         validation = f"{len(val):,} for validation" if val else "none for validation"
         print(f"{describe_source(train, classes)} for training, {validation}; {steps:,} steps of "
               f"{size:,} are {steps * size / len(train):,.3g} passes over the data")
-    return Plan(mean, std, steps, max(1, len(train) // size))
+    return Plan(mean, std, steps, max(1, len(train) // size), accumulate)
 
 
 def mean_and_std(config, source: Dataset) -> tuple[list[float], list[float]]:
@@ -861,8 +862,8 @@ def evenly_spaced(length: int, count: int) -> list[int]:
     return [i * length // count for i in range(count)]
 
 
-def training_batches(length: int, config, start: int,
-                     steps: int) -> Iterator[list[tuple[int, int]]]:
+def training_batches(length: int, config, plan: Plan,
+                     start: int) -> Iterator[list[tuple[int, int]]]:
     """(index, position) of the samples of each micro-batch of this process, from `start` on.
 
     Position p of the run is in epoch p // length, whose order is seeded by (seed, epoch); the last
@@ -872,9 +873,9 @@ def training_batches(length: int, config, start: int,
     def order(epoch):
         return np.random.default_rng(derive_seed(config.seed, EPOCH, epoch)).permutation(length)
 
-    size = config.batch_size // (config.accumulate * get_world_size())
-    for step in range(start, steps):
-        for micro_step in range(config.accumulate):
+    size = config.batch_size // (plan.accumulate * get_world_size())
+    for step in range(start, plan.steps):
+        for micro_step in range(plan.accumulate):
             first = step * config.batch_size + (micro_step * get_world_size() + get_rank()) * size
             yield [(int(order(p // length)[p % length]), p) for p in range(first, first + size)]
 
@@ -937,15 +938,16 @@ class Loader:
         self.std = torch.tensor(std, device=device).view(-1, 1, 1)
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def train(self, samples: Samples, config, start: int, steps: int) -> Iterator[tuple]:
+    def train(self, samples: Samples, config, plan: Plan, start: int) -> Iterator[tuple]:
         """This process' micro-batches: (pixels, labels, ...[, visible, masked]).
 
         visible (B, N), masked (B, M): index tensors, or lists of them for several masks a sample.
         """
-        size = config.batch_size // (config.accumulate * get_world_size())
+        size = config.batch_size // (plan.accumulate * get_world_size())
         if getattr(config, "benchmark", None):
-            return self.random_batches(samples, size, config.accumulate * (steps - start))
-        batches = training_batches(len(samples.source), config, start, steps)
+            steps = WARMUP_STEPS + config.benchmark
+            return self.random_batches(samples, size, plan.accumulate * steps)
+        batches = training_batches(len(samples.source), config, plan, start)
         return self.batches(samples, batches, size, self.workers)
 
     def test(self, samples: Samples, limit: int | None = None) -> Iterator[tuple]:
@@ -1025,10 +1027,10 @@ class Loader:
         return (visible, masked) if mask.ndim == 3 else (visible[0], masked[0])
 
     def random_batches(self, samples: Samples, size: int, count: int) -> Iterator[tuple]:
-        """For a benchmark: the same random pixels at every step, masks drawn before the first."""
-        pixels, *others = default_collate([samples.read(0)] * size)
-        pixels = torch.randn(pixels.shape, device=self.device)
-        others = [x.to(self.device) for x in others]
+        """The same random pixels at every step, masks drawn before the first."""
+        pixels, *others = default_collate([samples.read(0)])
+        pixels = torch.randn(size, *pixels.shape[1:], device=self.device)
+        others = [x.to(self.device).expand(size, *x.shape[1:]) for x in others]
         masks = []
         if samples.draw_mask:  # those of 4,096 samples or more, then again from the first
             for batch in range(min(count, 1 + 4096 // size)):

@@ -262,37 +262,40 @@ def pretrain(config: Pretrain) -> None:
     loader = data.Loader(plan.mean, plan.std, device, common.share_cores(workers, device))
 
     model = new_model(config).to(device)
-    groups = common.parameter_groups(model, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     autocast, scaler = common.mixed_precision(config.precision, device)
-    checkpoints = common.Checkpoints(config, plan, model, optimizer, scaler)
-    start = 0 if config.benchmark else checkpoints.resume()
-    net = common.wrap_model(model, config, device)
 
     crop = v2.RandomResizedCrop(config.image_size, (0.2, 1.0), interpolation=data.BICUBIC)
     augmentation = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
     view = data.CenterCrop(config.image_size)
     draw = functools.partial(draw_mask, config, model.grid)
     samples = data.Samples(train_source, augmentation, config.seed, draw)
+    plan = common.plan_micro_batches(config, plan, model, loader, samples, autocast)
+
+    groups = common.parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    checkpoints = common.Checkpoints(config, plan, model, optimizer, scaler)
+    start = 0 if config.benchmark else checkpoints.resume()
+    net = common.wrap_model(model, config, device)
+
     train_view = data.Samples(train_source, view, config.seed, replace_unreadable=False)
     val_view = data.Samples(val_source or train_source, view, config.seed, replace_unreadable=False)
-    batches = loader.train(samples, config, start, plan.steps)
+    batches = loader.train(samples, config, plan, start)
     encode = mean_tokens(model, autocast)
 
     losses, peak_lr = [], config.base_lr * config.batch_size / 256
-    log = None if config.benchmark else common.Log(config, start, plan.steps)
+    log = None if config.benchmark else common.Log(config, plan, start)
     with common.StopSignals(enabled=not config.benchmark) as stop:
-        for step in common.benchmark_steps(config, device) if config.benchmark else log.progress:
+        for step in common.benchmark_steps(config, plan, device) if config.benchmark else log.steps():
             lr = cosine_schedule(step, plan.steps, config.warmup * plan.steps, peak_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            for micro_step in range(config.accumulate):
+            for micro_step in range(plan.accumulate):
                 images, _, *stamps, visible, masked = next(batches)  # stamps: only with dates
-                net.require_backward_grad_sync = micro_step == config.accumulate - 1  # DDP syncs once
+                net.require_backward_grad_sync = micro_step == plan.accumulate - 1  # DDP syncs once
                 with autocast:
                     loss = net(images, visible, masked, *stamps)[0]
-                scaler.scale(loss / config.accumulate).backward()
+                scaler.scale(loss / plan.accumulate).backward()
                 losses.append(loss.detach())
             if config.clip_grad:
                 scaler.unscale_(optimizer)
@@ -374,7 +377,7 @@ def linprobe(config: Linprobe) -> None:
 
 def classify(config: Finetune | Linprobe, layer_decay: float) -> None:
     device = common.init_distributed(config.device)
-    micro_batch = config.batch_size // config.accumulate // common.get_world_size()
+    micro_batch = config.batch_size // (config.accumulate or 1) // common.get_world_size()
     if isinstance(config, Linprobe) and micro_batch < 2:
         raise UserError("BatchNorm needs at least 2 images in a micro-batch: raise --batch-size")
     train_source, val_source, classes = data.open_sources(

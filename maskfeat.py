@@ -285,11 +285,7 @@ def pretrain(config: Pretrain) -> None:
     loader = data.Loader(plan.mean, plan.std, device, common.share_cores(workers, device))
 
     model = new_model(config).to(device)
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, config.weight_decay), fused=True)
     autocast, scaler = common.mixed_precision(config.precision, device)
-    checkpoints = common.Checkpoints(config, plan, model, optimizer, scaler)
-    start = 0 if config.benchmark else checkpoints.resume()
-    net = common.wrap_model(model, config, device)
 
     crop = v2.RandomResizedCrop(config.image_size, (0.5, 1.0), interpolation=data.BICUBIC)
     clip = [functools.partial(data.single_clip, frames=config.frames)] if config.frames > 1 else []
@@ -297,26 +293,33 @@ def pretrain(config: Pretrain) -> None:
     view = v2.Compose([data.CenterCrop(config.image_size), *clip])
     draw = functools.partial(draw_mask, config, model.grid)
     samples = data.Samples(train_source, augmentation, config.seed, draw)
+    plan = common.plan_micro_batches(config, plan, model, loader, samples, autocast)
+
+    optimizer = torch.optim.AdamW(common.parameter_groups(model, config.weight_decay), fused=True)
+    checkpoints = common.Checkpoints(config, plan, model, optimizer, scaler)
+    start = 0 if config.benchmark else checkpoints.resume()
+    net = common.wrap_model(model, config, device)
+
     train_view = data.Samples(train_source, view, config.seed, replace_unreadable=False)
     val_view = data.Samples(val_source or train_source, view, config.seed, replace_unreadable=False)
-    batches = loader.train(samples, config, start, plan.steps)
+    batches = loader.train(samples, config, plan, start)
     encode = mean_tokens(model, autocast)
 
     unit = "clips" if config.frames > 1 else "images"
     losses, peak_lr = [], config.base_lr * config.batch_size / 256
-    log = None if config.benchmark else common.Log(config, start, plan.steps, unit)
+    log = None if config.benchmark else common.Log(config, plan, start, unit)
     with common.StopSignals(enabled=not config.benchmark) as stop:
-        for step in common.benchmark_steps(config, device, unit) if config.benchmark else log.progress:
+        for step in common.benchmark_steps(config, plan, device, unit) if config.benchmark else log.steps():
             lr = cosine_schedule(step, plan.steps, config.warmup * plan.steps, peak_lr, config.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            for micro_step in range(config.accumulate):
+            for micro_step in range(plan.accumulate):
                 pixels, _, visible, masked = next(batches)
-                net.require_backward_grad_sync = micro_step == config.accumulate - 1  # DDP syncs once
+                net.require_backward_grad_sync = micro_step == plan.accumulate - 1  # DDP syncs once
                 with autocast:
                     loss = net(pixels, visible, masked)[0]
-                scaler.scale(loss / config.accumulate).backward()
+                scaler.scale(loss / plan.accumulate).backward()
                 losses.append(loss.detach())
             if config.clip_grad:
                 scaler.unscale_(optimizer)

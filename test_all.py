@@ -88,6 +88,10 @@ def config_of(**values):
     return argparse.Namespace(**{**fields, **values})
 
 
+def plan_of(steps, accumulate=1):
+    return common.Plan([0.5] * 3, [0.2] * 3, steps, 1, accumulate)
+
+
 def mask_config(**changes):
     """What V-JEPA's masks depend on."""
     fields = dict(masking="multiblock", mask_ratio=0.5, context_frames=None, batch_size=4, seed=0, tubelet=2)
@@ -772,7 +776,8 @@ def test_all_processes_test_with_the_statistics_of_rank_0(monkeypatch):
 
 def test_every_epoch_has_each_image_once_and_processes_share_each_batch(monkeypatch):
     def draw(start=0, seed=3, **values):
-        return list(data.training_batches(20, config_of(batch_size=8, seed=seed, **values), start, 15))
+        plan = plan_of(15, **values)
+        return list(data.training_batches(20, config_of(batch_size=8, seed=seed), plan, start))
     whole = draw()
     assert len(whole) == 15 and all(len(batch) == 8 for batch in whole)
     drawn = [index for batch in whole for index, _ in batch]
@@ -798,7 +803,7 @@ def test_augmentation_depends_on_the_seed_alone():
     runs = []
     for workers in (0, 2):
         torch.manual_seed(workers)
-        runs.append(torch.cat([x for x, _ in cpu_loader(workers=workers).train(first, config, 0, 2)]))
+        runs.append(torch.cat([x for x, _ in cpu_loader(workers=workers).train(first, config, plan_of(2), 0)]))
     assert torch.equal(*runs)
     assert not torch.equal(first[0, 5][0], first[0, 6][0]) and not torch.equal(first[0, 5][0], other[0, 5][0])
     magnitudes = [t.for_bytes.magnitude for t in transform.transforms if isinstance(t, data.RandAugment)]
@@ -810,8 +815,8 @@ def test_bytes_are_normalized_on_the_device(frames):
     """With the mean and std of each channel, to the last bit as by hand; also beside files that are floats."""
     source = data.Photographs(True) if frames == 1 else data.Clips(True, frames)
     config, samples = config_of(batch_size=6), data.Samples(source, data.CenterCrop(32), seed=1)
-    (batch, _), = cpu_loader().train(samples, config, 0, 1)
-    rows, = data.training_batches(len(source), config, 0, 1)
+    (batch, _), = cpu_loader().train(samples, config, plan_of(1), 0)
+    rows, = data.training_batches(len(source), config, plan_of(1), 0)
     pixels = torch.stack([samples[row][0] for row in rows])
     assert pixels.dtype == torch.uint8 and batch.is_contiguous() and batch.dtype == torch.float32
     assert batch.shape == ((6, 3, 32, 32) if frames == 1 else (6, 1, 3, 4, 32, 32))
@@ -2067,6 +2072,80 @@ def test_processes_and_accumulation_do_not_change_the_run(task, of_task, tmp_pat
         assert (gradients(tmp_path / name) - wanted).norm() < 0.01 * wanted.norm()
 
 
+def limit_memory(samples, checkpointed=0, set_attribute=setattr):
+    """A GPU, as far as the search for micro-batches asks for it, with memory for so many samples: the sizes tried."""
+    tried, fits, plan = [], common.fits_in_memory, common.plan_micro_batches
+    for name, value in {"mem_get_info": (0, 2 ** 20), "max_memory_allocated": 2 ** 19, "current_device": 0,
+                        "reset_peak_memory_stats": None, "empty_cache": None}.items():
+        set_attribute(torch.cuda, name, lambda *_, value=value: value)
+    fork, backward = torch.random.fork_rng, torch.Tensor.backward
+    set_attribute(torch.random, "fork_rng", lambda devices, **options: fork(devices=[], **options))
+
+    def limited(model, loader, source, autocast, size, margin):
+        checkpointing = next(x.checkpointing for x in model.modules() if isinstance(x, common.Block))
+        tried.append((size, checkpointing))
+
+        def fail(loss):
+            backward(loss)
+            raise torch.OutOfMemoryError
+        if size > (checkpointed if checkpointing else samples):
+            set_attribute(torch.Tensor, "backward", fail)
+        found = fits(model, loader, source, autocast, size, margin)
+        set_attribute(torch.Tensor, "backward", backward)
+        return found
+
+    def on_a_gpu(config, before, model, loader, *others, **options):
+        gpu = argparse.Namespace(device=argparse.Namespace(type="cuda"), random_batches=loader.random_batches)
+        return plan(config, before, model, gpu, *others, **options)
+    set_attribute(common, "fits_in_memory", limited)
+    set_attribute(common, "plan_micro_batches", on_a_gpu)
+    return tried
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_micro_batches_are_found_without_a_trace(task, of_task, tmp_path, monkeypatch, capsys):
+    """The run is, to the last bit, the one with their number given."""
+    method, flags = of_task
+    flags += ["--steps", 2, "--precision", "bf16"] + STRONG_FLAGS * ("finetune" in task and "vjepa" not in task)
+    main(monkeypatch, *flags, "--accumulate", 2, "--out", tmp_path / "given", method=method)
+    tried = limit_memory(5, set_attribute=monkeypatch.setattr)
+    main(monkeypatch, *flags, "--accumulate", "auto", "--out", tmp_path / "found", method=method)
+    assert tried == [(8, False), (4, False)]
+    assert "batch of 8 in 2 micro-batches of 4 on 1 GPU, 0.0 of 0.0 GiB\n" in capsys.readouterr().err
+    assert losses(tmp_path / "found") == losses(tmp_path / "given")
+    assert torch.equal(end_of(tmp_path / "found"), end_of(tmp_path / "given"))
+
+
+def test_micro_batches_of_little_memory(folder, videos, tmp_path, monkeypatch, capsys):
+    """V-JEPA's have 24 clips at most; checkpointing helps, or a sentence; 20 steps later the end is known."""
+    flags = ["--data", videos, *VJEPA_FLAGS, "--batch-size", 48, "--steps", 1, "--evaluate-samples", 4]
+    tried = limit_memory(18, 18, monkeypatch.setattr)
+    main(monkeypatch, *flags, "--out", tmp_path / "clips", method=vjepa)
+    assert tried == [(24, False), (16, False)]
+    assert "in 3 micro-batches of 16 on 1 GPU" in (error := capsys.readouterr().err) and "up to 24" in error
+    tried = limit_memory(0, 1, monkeypatch.setattr)
+    flags = ["--data", folder, *TINY_FLAGS, "--batch-size", 2, "--evaluate-samples", 4]
+    main(monkeypatch, *flags, "--steps", 22, "--out", tmp_path / "one")
+    assert tried == [(2, False), (1, False), (2, True), (1, True)]
+    error = capsys.readouterr().err
+    assert "not even one sample fits" in error and "s a step, 2 of 22 steps are left: 0 minutes, until " in error
+    limit_memory(0, 0, monkeypatch.setattr)
+    with pytest.raises(common.UserError, match="smaller --size"):
+        main(monkeypatch, *flags, "--steps", 1, "--out", tmp_path / "none")
+
+
+def test_processes_agree_on_the_micro_batches(folder, tmp_path):
+    """Though one of them has less memory."""
+    script = tmp_path / "unequal.py"
+    script.write_text(f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport common, mae, test_all\n"
+                      "tried = test_all.limit_memory(8 if os.environ['RANK'] == '0' else 3)\n"
+                      "common.Log.close = lambda log: os.write(1, b'tried %s\\n' % str(tried).encode())\n"
+                      "common.main(mae.__doc__, mae.TASKS, mae.configure)\n")
+    done = run(script, "--data", folder, *TINY_FLAGS, "--batch-size", 16, "--steps", 1, "--out", tmp_path, processes=2)
+    assert done.returncode == 0 and "micro-batches of 2 on each of 2 GPUs" in done.stderr, done.stderr
+    assert done.stdout.count("tried [(8, False), (4, False), (2, False)]\n") == 2
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_gradient_is_clipped(task, of_task, precision, tmp_path, monkeypatch):
@@ -2413,7 +2492,8 @@ def test_steps_on_fake_cuda_tensors(method, flags, gib, monkeypatch):
         return torch.empty(x.shape, dtype=x.dtype, device="cuda:0")
 
     def batches(samples, config, *_):
-        B, dates, frames = config.batch_size // config.accumulate, *(getattr(config, n, 1) for n in ("dates", "frames"))
+        B = config.batch_size // (config.accumulate or 1)
+        dates, frames = (getattr(config, name, 1) for name in ("dates", "frames"))
         with unset_fake_temporarily():
             grid = getattr(models[0], "encoder", models[0]).grid
             drawn = [to_indices(torch.stack([draw(config, grid, step * B + i) for i in range(B)])) for step in range(8)]
@@ -2434,8 +2514,10 @@ def test_steps_on_fake_cuda_tensors(method, flags, gib, monkeypatch):
             f"{method.__name__}.new_model": model, "common.init_distributed": lambda _: torch.device("cuda:0"),
             f"{method.__name__}.{drawing}": lambda *_: MagicMock(**{"all.return_value": False}),
             "common.Checkpoints": lambda *_: checkpoints, "common.StopSignals.received": lambda _: 0,
-            "common.Log": lambda *_, **__: MagicMock(progress=range(1, 9)), "data.Samples": MagicMock(),
-            "data.plan_training": lambda *_: common.Plan([], [], 1000, 1), "torch.Tensor.backward": backward,
+            "common.Log": lambda *_, **__: MagicMock(**{"steps.return_value": range(1, 9)}),
+            "data.Samples": MagicMock(),
+            "data.plan_training": lambda config, *_: plan_of(1000, config.accumulate or 1),
+            "torch.Tensor.backward": backward,
             "data.Loader": lambda *_: MagicMock(train=batches), "torch.nn.Module.to": lambda module, _: module,
             "torch.nn.functional.scaled_dot_product_attention": lambda *qkv: flash(*qkv)[0],
             "torch.nn.init.trunc_normal_": lambda x, **_: x, "torch.cuda.is_bf16_supported": lambda *_, **__: True,

@@ -20,7 +20,7 @@ The paper calls the two encoders x-encoder and y-encoder. Each clip has two mask
 (short-range) and few large ones (long-range); the loss is averaged over the two.
 
     python vjepa.py                                 pre-train on clips of a camera over collages
-    torchrun --nproc_per_node=8 vjepa.py --data DIR --accumulate 16     the paper's settings
+    torchrun --nproc_per_node=8 vjepa.py --data DIR     the paper's settings on your videos, 8 GPUs
     python vjepa.py probe --data DIR --init runs/vjepa/last.pt      attentive probe, frozen encoder
     python vjepa.py finetune --data DIR --init runs/vjepa/last.pt
     python vjepa.py show --init runs/vjepa/last.pt --image clip.mp4
@@ -324,6 +324,7 @@ def warn_of_collapse(metrics: dict[str, float], target: str) -> None:
 def pretrain(config: Pretrain) -> None:
     """Pre-training; at its end a picture and, if there are labels, a ridge probe."""
     device = common.init_distributed(config.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each new number of tokens
     train_source, val_source, classes = data.open_sources(
         config.data, config.channels, labeled=False, frames=1 if config.still else config.frames,
         frame_stride=config.frame_stride)
@@ -332,11 +333,7 @@ def pretrain(config: Pretrain) -> None:
     loader = data.Loader(plan.mean, plan.std, device, common.share_cores(workers, device))
 
     model = new_model(config).to(device)
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, config.weight_decay), fused=True)
     autocast, scaler = common.mixed_precision(config.precision, device)
-    checkpoints = common.Checkpoints(config, plan, model, optimizer, scaler)
-    start = 0 if config.benchmark else checkpoints.resume()
-    net = common.wrap_model(model, config, device, by_block=True)
 
     crop = v2.RandomResizedCrop(config.image_size, (0.3, 1.0), (0.75, 1.35))
     clip = functools.partial(data.single_clip, frames=config.frames)
@@ -344,28 +341,36 @@ def pretrain(config: Pretrain) -> None:
     view = v2.Compose([data.CenterCrop(config.image_size), clip])
     draw = functools.partial(draw_masks, config, model.encoder.grid)
     samples = data.Samples(train_source, augmentation, config.seed, draw)
+    # Token lists are cut to the shortest of a micro-batch, which as published has 24 clips.
+    plan = common.plan_micro_batches(config, plan, model, loader, samples, autocast, largest=24)
+
+    optimizer = torch.optim.AdamW(common.parameter_groups(model, config.weight_decay), fused=True)
+    checkpoints = common.Checkpoints(config, plan, model, optimizer, scaler)
+    start = 0 if config.benchmark else checkpoints.resume()
+    net = common.wrap_model(model, config, device, by_block=True)
+
     train_view = data.Samples(train_source, view, config.seed, replace_unreadable=False)
     val_view = data.Samples(val_source or train_source, view, config.seed, replace_unreadable=False)
-    batches = loader.train(samples, config, start, plan.steps)
+    batches = loader.train(samples, config, plan, start)
     encode = mean_tokens(model.target_encoder, autocast)
 
     losses, peak_lr = [], config.base_lr * config.batch_size / 256
     warmup, horizon = config.warmup * plan.steps, config.schedule_scale * plan.steps
-    log = None if config.benchmark else common.Log(config, start, plan.steps, unit="clips")
+    log = None if config.benchmark else common.Log(config, plan, start, unit="clips")
     with common.StopSignals(enabled=not config.benchmark) as stop:
-        for step in common.benchmark_steps(config, device, "clips") if config.benchmark else log.progress:
+        for step in common.benchmark_steps(config, plan, device, "clips") if config.benchmark else log.steps():
             lr = cosine_schedule(step + 1, horizon, warmup, peak_lr, config.min_lr, config.start_lr * peak_lr)
             weight_decay = cosine_schedule(step + 1, horizon, 0, config.weight_decay, config.final_weight_decay)
             momentum = config.momentum + (config.final_momentum - config.momentum) * step / horizon
             for group in optimizer.param_groups:
                 group["lr"], group["weight_decay"] = lr, weight_decay * group["decays"]
 
-            for micro_step in range(config.accumulate):
+            for micro_step in range(plan.accumulate):
                 clips, _, visible, masked = next(batches)
-                net.require_backward_grad_sync = micro_step == config.accumulate - 1  # DDP syncs once
+                net.require_backward_grad_sync = micro_step == plan.accumulate - 1  # DDP syncs once
                 with autocast:
                     loss = net(clips, visible, masked)
-                scaler.scale(loss / config.accumulate).backward()
+                scaler.scale(loss / plan.accumulate).backward()
                 losses.append(loss.detach())
             if config.clip_grad and step >= warmup:
                 scaler.unscale_(optimizer)
