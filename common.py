@@ -405,14 +405,20 @@ def load_encoder(path: str | Path, vit_class: type = ViT, **changes) -> ViT:
     """The ViT in a checkpoint of ours or a published one; a UserError if the file does not fit.
 
     The architecture is read off the file; `changes` override arguments of ViT, such as
-    num_classes=10, pool="mean" or image_size=(192, 256), to which positions are interpolated. A
-    head, and the norm before it, are randomly initialized where the file has none that fits.
+    num_classes=10, pool="mean" or image_size=(192, 256), to which positions are interpolated. With
+    frames=1 an encoder of clips becomes one of images, each a tubelet of equal frames. A head, and
+    the norm before it, are randomly initialized where the file has none that fits.
     """
     weights, settings = read_weights(path)
     arguments = encoder_arguments(weights, settings, path)
-    weights = encoder_weights(weights)
+    weights, old_grid = encoder_weights(weights), grid_of_file(arguments)
+    to_images = arguments["frames"] > 1 and changes.get("frames") == 1
+    if to_images:
+        changes["tubelet"] = 1
+        weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].sum(dim=2)
     vit = build(vit_class, **{**arguments, **changes})
-    weights["pos_embed"] = resize_positions(weights["pos_embed"], grid_of_file(arguments), vit.grid)
+    grid = (1, *vit.grid) if to_images else vit.grid
+    weights["pos_embed"] = resize_positions(weights["pos_embed"], old_grid, grid)
 
     own, after_blocks = vit.state_dict(), ("norm.", "fc_norm.", "head.")
     for name, weight in own.items():

@@ -1070,11 +1070,21 @@ def gather_rows(rows: Tensor, number: int) -> Tensor:
     return everywhere.cpu() if rows.device.type == "mps" else everywhere  # MPS has no float64
 
 
-def knn_accuracy(x: Tensor, labels: Tensor, neighbors: int = 10) -> float:
-    """k-nearest-neighbor accuracy in percent of each of the features x (N, D), by cosine."""
-    x = F.normalize(x - x.mean(dim=0), dim=1)
-    similarity = (x @ x.T).fill_diagonal_(-math.inf)
-    votes = F.one_hot(labels[similarity.topk(min(neighbors, len(x) - 1)).indices]).sum(dim=1)
+def knn_accuracy(x: Tensor, labels: Tensor, train_x: Tensor | None = None,
+                 train_labels: Tensor | None = None, neighbors: int = 10) -> float:
+    """k-nearest-neighbor (k-NN) accuracy in percent of the features x (N, D), by cosine.
+
+    The neighbors are training features (M, D), or without any the other ones of x.
+    """
+    among_themselves = train_x is None
+    if among_themselves:
+        train_x, train_labels, neighbors = x, labels, min(neighbors, len(x) - 1)
+    mean = train_x.mean(dim=0)
+    similarity = F.normalize(x - mean, dim=1) @ F.normalize(train_x - mean, dim=1).T  # (N, M)
+    if among_themselves:
+        similarity.fill_diagonal_(-math.inf)
+    nearest = similarity.topk(min(neighbors, len(train_x))).indices
+    votes = F.one_hot(train_labels[nearest]).sum(dim=1)
     return 100 * (votes.argmax(dim=1) == labels).double().mean().item()
 
 
@@ -1131,15 +1141,17 @@ def ridge_probe(train_x: Tensor, train_labels: Tensor, x: Tensor, labels: Tensor
     return 100 * ((x @ weights + bias).argmax(1) == labels).double().mean().item()
 
 
-def print_ridge_probe(encoders: dict[str, Callable], train: Samples, val: Samples, loader: Loader,
-                      train_limit: int = 3000, limit: int = 3000) -> None:
-    """Print the ridge probe's accuracy. encoders: {when: (pixels, ...) -> (B, D)}."""
+def print_probes(encoders: dict[str, Callable], train: Samples, val: Samples, loader: Loader,
+                 train_limit: int = 3000, limit: int = 3000) -> None:
+    """Print accuracies of a ridge probe and of k-NN. encoders: {when: (pixels, ...) -> (B, D)}."""
     train_x, train_labels = extract_features(list(encoders.values()), train, loader, train_limit)
     x, labels = extract_features(list(encoders.values()), val, loader, limit)
-    accuracies = []
+    ridge, knn = [], []
     for when, a, b in zip(encoders, train_x, x):
-        accuracies.append(f"{ridge_probe(a, train_labels, b, labels):.1f} % {when}")
+        ridge.append(f"{ridge_probe(a, train_labels, b, labels):.1f} % {when}")
+        knn.append(f"{knn_accuracy(b, labels, a, train_labels, neighbors=20):.1f} % {when}")
     if get_rank() == 0:
         chance = 100 / len(set(train_labels.tolist()))
-        print(f"ridge probe of the frozen encoder on validation samples: chance {chance:.1f} %, "
-              f"{', '.join(accuracies)}")
+        print(f"the frozen encoder on {len(x[0]):,} validation samples: chance {chance:.1f} %; ridge "
+              f"probe {', '.join(ridge)}; 20 nearest of {len(train_labels):,} training samples "
+              f"{', '.join(knn)}")

@@ -253,7 +253,7 @@ def mean_tokens(model: ViT, autocast: torch.autocast) -> Callable:
 
 
 def pretrain(config: Pretrain) -> None:
-    """Pre-training (Table 8); at its end a picture and, if there are labels, a ridge probe."""
+    """Pre-training (Table 8); at its end a picture and, if there are labels, probes."""
     device = common.init_distributed(config.device)
     train_source, val_source, classes = data.open_sources(
         config.data, config.channels, labeled=False, dates=config.dates, scenes=bool(config.bands))
@@ -325,7 +325,7 @@ def pretrain(config: Pretrain) -> None:
         save_picture(model, data.Samples(val_view.source, view, config.seed, draw), loader, config)
     if classes:
         before = mean_tokens(new_model(config).to(device), autocast)
-        data.print_ridge_probe({"before training": before, "after": encode}, train_view, val_view, loader)
+        data.print_probes({"before training": before, "after": encode}, train_view, val_view, loader)
     data.report_unreadable(train_source, val_source)
 
 
@@ -343,8 +343,8 @@ def new_classifier(config: Finetune | Linprobe, num_classes: int) -> ViT:
     if config.bands or config.dates > 1:
         vit_class = SatelliteViT
         arguments |= {"bands": parse_bands(config.bands), "dates": config.dates}
-    if config.init:  # frames=1: the error for a checkpoint of clips says what does not fit
-        model = common.load_encoder(config.init, vit_class, frames=1, tubelet=1, **arguments)
+    if config.init:  # frames=1: an encoder of clips becomes one of images
+        model = common.load_encoder(config.init, vit_class, frames=1, **arguments)
     else:
         model = common.build(vit_class, config.size, patch_size=config.patch_size, **arguments)
 

@@ -275,7 +275,7 @@ def mean_tokens(model: MaskFeat, autocast: torch.autocast) -> Callable:
 
 
 def pretrain(config: Pretrain) -> None:
-    """Pre-training; at its end a picture and, if there are labels, a ridge probe."""
+    """Pre-training; at its end a picture and, if there are labels, probes."""
     device = common.init_distributed(config.device)
     train_source, val_source, classes = data.open_sources(
         config.data, config.channels, labeled=False, frames=config.frames,
@@ -349,7 +349,7 @@ def pretrain(config: Pretrain) -> None:
         save_picture(model, data.Samples(val_view.source, view, config.seed, draw), loader, config)
     if classes:
         before = mean_tokens(new_model(config).to(device), autocast)
-        data.print_ridge_probe({"before training": before, "after": encode}, train_view, val_view, loader)
+        data.print_probes({"before training": before, "after": encode}, train_view, val_view, loader)
     data.report_unreadable(train_source, val_source)
 
 

@@ -218,7 +218,7 @@ def gradients(out):
 @pytest.fixture
 def no_probe(monkeypatch):
     """Leave out what follows on pre-training, probe and picture, which take as long as a few steps."""
-    monkeypatch.setattr(data, "print_ridge_probe", lambda *_: None)
+    monkeypatch.setattr(data, "print_probes", lambda *_: None)
     for method in (mae, maskfeat, vjepa):
         monkeypatch.setattr(method, "save_picture", lambda *_: None)
 
@@ -1669,12 +1669,28 @@ def test_knn_accuracy_and_collapse_metrics():
     assert data.knn_accuracy(torch.randn(90, 8, generator=generator), labels) < 60
     pairs = torch.tensor([[1.0, 0], [1.01, 0.1], [-1, 0], [-1.01, 0.1]])
     assert data.knn_accuracy(pairs, torch.tensor([0, 1, 0, 1]), neighbors=1) == 0  # the sample itself is none
+    train, classes = torch.tensor([[1.0, 0], [0, 1], [-1, 0]]), torch.tensor([3, 5, 4])
+    assert data.knn_accuracy(2 * train[:2] + 1 / 3, torch.tensor([3, 4]), train, classes, neighbors=1) == 50
     flat = torch.randn(4000, 3, generator=generator) @ torch.linalg.qr(torch.randn(8, 3, generator=generator))[0].T
     assert data.collapse_metrics(flat) == pytest.approx({"feature_std": 1, "effective_rank": 3}, rel=0.01)
     moved = data.collapse_metrics(100 * (flat + 3))
     assert moved["feature_std"] == pytest.approx(math.sqrt(3 / 8 / (3 / 8 + 9)), rel=0.05)
     same = data.collapse_metrics(torch.ones(50, 8))
     assert same["feature_std"] == 0 and same["effective_rank"] < 1.01
+
+
+def test_an_encoder_of_clips_encodes_images(tmp_path):
+    """As it encodes a tubelet of equal frames; MAE's fine-tuning takes it."""
+    model = noisy(tiny_vjepa())
+    torch.save({"model": model.state_dict(), "settings": {"frames": 4, "image_size": 32}}, tmp_path / "last.pt")
+    images = torch.randn(2, 3, 32, 32)
+    clips = images[:, :, None].repeat(1, 1, 2, 1, 1)
+    wanted = common.load_encoder(tmp_path / "last.pt", frames=2).forward_features(clips)
+    found = common.load_encoder(tmp_path / "last.pt", frames=1)
+    assert found.grid == (4, 4)
+    torch.testing.assert_close(found.forward_features(images), wanted)
+    config = mae.configure("finetune", "demo", data="DIR", init=str(tmp_path / "last.pt"), image_size=32)
+    assert mae.new_classifier(config, 3)(images).shape == (2, 3)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -1686,7 +1702,7 @@ def test_equal_blocks_share_a_graph_for_all_lengths(checkpointing, monkeypatch):
     monkeypatch.setattr(torch, "compile", backend)
     net = common.wrap_model(model, config_of(compile=True, checkpointing=checkpointing), torch.device("cpu"), True)
     assert list(model.state_dict()) == names
-    for step in range(8):
+    for step in range(50):
         masks = tiny_masks(4, step=step)
         lengths.add(tuple(indices.shape[1] for indices in masks[0] + masks[1]))
         with torch.compiler.set_stance("default" if step < 2 else "fail_on_recompile"):
@@ -1858,13 +1874,14 @@ def test_the_accuracy_of_a_classifier_is_that_of_its_weights(task, seven, tmp_pa
                                           (vjepa, [*VJEPA_FLAGS, "--still"])])
 def test_probes_are_fitted_on_training_images_and_tested_on_others(method, tiny, seven, tmp_path, monkeypatch, capsys):
     """Training images are told by their color, validation images cannot be told."""
-    encoders, print_probe = {}, data.print_ridge_probe
-    monkeypatch.setattr(data, "print_ridge_probe", lambda *inputs: encoders.update(inputs[0]) or print_probe(*inputs))
+    encoders, print_probe = {}, data.print_probes
+    monkeypatch.setattr(data, "print_probes", lambda *inputs: encoders.update(inputs[0]) or print_probe(*inputs))
     main(monkeypatch, "--data", seven, *tiny, "--steps", 1, "--warmup", 0, "--out", tmp_path, method=method)
     batch = torch.randn(2, 3, *[4] * (method is vjepa), 32, 32)
     assert not torch.equal(*(encode(batch) for encode in encoders.values()))
-    accuracy = re.search(r"chance 14.3 %, .* % before training, (.*) % after", capsys.readouterr().out)[1]
-    assert float(accuracy) < 40
+    pattern = r"chance 14.3 %; ridge .* training, (.*) % after; 20 .* training, (.*) % after"
+    found = re.search(pattern, capsys.readouterr().out)
+    assert float(found[1]) < 40 and float(found[2]) < 40
     assert records(tmp_path)[0]["knn"] < 40 and records(tmp_path)[0]["score_knn"] > 90
 
 

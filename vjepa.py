@@ -97,7 +97,7 @@ class Pretrain(EncoderConfig, MaskingConfig, PredictionConfig, common.Pretrainin
     schedule_scale: Annotated[float, 1, math.inf] = 1.25  # schedules span this multiple of the training
     clip_grad: float | None = 10.0  # maximum gradient norm of encoder and of predictor, after warm-up
     flip: bool = True  # horizontal flip of half of the training samples
-    probe_labels: Fraction = 1.0  # fraction of the training clips that the last ridge probe uses
+    probe_labels: Fraction = 1.0  # fraction of the training clips that the last probes use
     out: str = "runs/vjepa"
 
 
@@ -322,7 +322,7 @@ def warn_of_collapse(metrics: dict[str, float], target: str) -> None:
 
 
 def pretrain(config: Pretrain) -> None:
-    """Pre-training; at its end a picture and, if there are labels, a ridge probe."""
+    """Pre-training; at its end a picture and, if there are labels, probes."""
     device = common.init_distributed(config.device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each new number of tokens
     train_source, val_source, classes = data.open_sources(
@@ -403,8 +403,8 @@ def pretrain(config: Pretrain) -> None:
     if classes:
         before = mean_tokens(new_model(config).to(device).target_encoder, autocast)
         limit = 15 * config.evaluate_samples
-        data.print_ridge_probe({"before training": before, "after": encode}, train_view, val_view, loader,
-                               max(2, round(config.probe_labels * limit)), limit)
+        data.print_probes({"before training": before, "after": encode}, train_view, val_view, loader,
+                          max(2, round(config.probe_labels * limit)), limit)
     data.report_unreadable(train_source, val_source)
 
 
