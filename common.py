@@ -25,6 +25,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import traceback
 import typing
@@ -39,11 +40,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.utils import make_grid, save_image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------- the Vision Transformer
@@ -1007,16 +1010,41 @@ def benchmark_steps(config, plan: Plan, device: torch.device, unit: str = "image
     print_once(estimate(seconds, plan.steps, plan.steps))
 
 
-def save_pictures(columns: list[Tensor], path: Path) -> None:
-    """Write columns of pictures (rows, C, H, W) in [0, 1] side by side, each about 224 pixels."""
-    pictures = []
-    for column in columns:
-        column = column[:, :3] if column.shape[1] >= 3 else column[:, :1].expand(-1, 3, -1, -1)
-        scale = max(1, 224 // column.shape[-1])
-        pictures.append(F.interpolate(column.clamp(0, 1), scale_factor=scale))
+def enlarge(pictures: Tensor, width: int = 224) -> Tensor:
+    """Pictures (N, C, H, W) -> colors in [0, 1], pixels repeated until about `width` across."""
+    pictures = pictures[:, :3] if pictures.shape[1] >= 3 else pictures[:, :1].expand(-1, 3, -1, -1)
+    scale = max(1, width // pictures.shape[-1])
+    return F.interpolate(pictures.clamp(0, 1).cpu(), scale_factor=scale)
+
+
+def outline(pictures: Tensor, mask: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W) with a white line around what is True in a mask (N, rows, columns)."""
+    inside = F.interpolate(mask[:, None].float().cpu(), pictures.shape[-2:])
+    outside = F.pad(1 - inside, (2, 2, 2, 2), value=1.0)
+    is_line = (inside > 0) & (F.max_pool2d(outside, 5, stride=1) > 0)
+    return torch.where(is_line, 1.0, pictures)
+
+
+def save_pictures(pictures: dict[str, Tensor], path: Path, caption: str,
+                  in_rows: bool = False) -> None:
+    """Draw {title: pictures (N, C, H, W) in [0, 1]}, each a column or a row, over a caption."""
+    tiles = torch.stack([enlarge(x) for x in pictures.values()], dim=0 if in_rows else 1)
+    grid = make_grid(tiles.flatten(0, 1), tiles.shape[1], padding=4, pad_value=1.0)
+    (rows, columns), (height, width) = grid.shape[1:], (side + 4 for side in tiles.shape[-2:])
+    size = max(14, columns // 50)  # of letters, which are half as wide
+    left, top = (7 * size, 0) if in_rows else (0, 3 * size)  # for titles of two lines
+    caption = textwrap.fill(caption, int((left + columns) / (0.52 * size)))
+    bottom = int(1.3 * size * (1 + caption.count("\n"))) + 8
+    sheet = Image.new("RGB", (left + columns, top + rows + bottom), "white")
+    sheet.paste(to_pil_image((255 * grid).round().byte()), (left, top))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
+    for i, title in enumerate(pictures):
+        x, y, anchor = (4, (i + 0.5) * height, "lm") if in_rows else ((i + 0.5) * width, top / 2, "mm")
+        title = textwrap.fill(title, int((left or width) / (0.52 * size)))
+        draw.text((x, y), title, "black", font, anchor, align="left" if in_rows else "center")
+    draw.text((4, top + rows), caption, "black", font)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = torch.stack(pictures, dim=1).flatten(0, 1)
-    save_image(make_grid(rows, len(columns), padding=4, pad_value=1.0), path)
+    sheet.save(path)
     print(f"picture {path}")
 
 

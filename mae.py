@@ -244,12 +244,30 @@ def new_model(config: AutoencoderConfig) -> MAE:
     return model
 
 
+def target_name(config: AutoencoderConfig) -> str:
+    return "normalized pixels" if config.norm_pix_loss else "pixels"
+
+
 def mean_tokens(model: ViT, autocast: torch.autocast) -> Callable:
     """A function images -> (B, D): the mean of the encoded patch tokens."""
     def encode(images, *stamps):
         with autocast:
             return model.eval().forward_features(images, *stamps)[:, 1:].float().mean(dim=1)
     return encode
+
+
+def masked_predictions(model: MAE, autocast: torch.autocast) -> Callable:
+    """A function of a batch -> predictions as in `data`, one a slice."""
+    def predict(images, _, *others):
+        *stamps, visible, masked = others
+        with autocast:
+            _, pred = model.eval()(images, visible, masked, *stamps)
+        targets, _, _ = model.targets(images)
+        if torch.is_tensor(pred):
+            pred, targets = [pred], [targets]
+        masks = data.indices_to_mask(masked, visible.shape[1] + masked.shape[1]).chunk(len(pred), dim=1)
+        return [(p.float(), t, ~mask, mask) for p, t, mask in zip(pred, targets, masks)]
+    return predict
 
 
 def pretrain(config: Pretrain) -> None:
@@ -279,8 +297,9 @@ def pretrain(config: Pretrain) -> None:
 
     train_view = data.Samples(train_source, view, config.seed, replace_unreadable=False)
     val_view = data.Samples(val_source or train_source, view, config.seed, replace_unreadable=False)
+    masked_view = data.Samples(val_view.source, view, config.seed, draw)
     batches = loader.train(samples, config, plan, start)
-    encode = mean_tokens(model, autocast)
+    encode, predict = mean_tokens(model, autocast), masked_predictions(model, autocast)
 
     losses, peak_lr = [], config.base_lr * config.batch_size / 256
     log = None if config.benchmark else common.Log(config, plan, start)
@@ -310,6 +329,7 @@ def pretrain(config: Pretrain) -> None:
             last = done == plan.steps
             if last or done % config.evaluate_every == 0:
                 metrics = data.evaluate_features(encode, train_view, val_view, loader, config.evaluate_samples, classes)
+                metrics |= data.evaluate_predictions(predict, model.grid, masked_view, loader, config.evaluate_samples)
                 model.train()
             if last or stopped or metrics or config.log_due(done):
                 log.write(done, losses, scaler, lr=lr, **metrics)
@@ -321,8 +341,11 @@ def pretrain(config: Pretrain) -> None:
     log.close()
     checkpoints.print_paths()
 
+    metrics = data.evaluate_predictions(predict, model.grid, masked_view, loader, config.evaluate_samples)
     if common.get_rank() == 0:
-        save_picture(model, data.Samples(val_view.source, view, config.seed, draw), loader, config)
+        kind = "held-out" if val_source else "training"
+        print(data.describe_variance_left(metrics, f"{target_name(config)} of {kind} images"))
+        save_picture(model, masked_view, loader, config)
     if classes:
         before = mean_tokens(new_model(config).to(device), autocast)
         data.print_probes({"before training": before, "after": encode}, train_view, val_view, loader)
@@ -419,22 +442,21 @@ def classify(config: Finetune | Linprobe, layer_decay: float) -> None:
 
 @torch.no_grad()
 def save_picture(model: MAE, samples: data.Samples, loader: data.Loader, config: Pretrain | Show) -> None:
-    """A picture, a row for each slice: original, masked, [true means,] reconstruction."""
+    """A picture, a row for each slice: input, visible patches, [true means,] prediction."""
     groups = parse_bands(config.bands) or [range(config.channels)] * config.dates
-    indices = data.evenly_spaced(len(samples.source), max(1, 4 // len(groups)))
-    images, _, *stamps, visible, masked = loader.examples(samples, indices)
-    _, pred = model.eval()(images, visible, masked, *stamps)
-    target, mean, std = model.targets(images)
-    if torch.is_tensor(pred):
-        pred, target, mean, std = [pred], [target], [mean], [std]
-    mask = torch.zeros_like(torch.cat([visible, masked], dim=1), dtype=torch.bool)
-    masks = mask.scatter(1, masked, True)[..., None].chunk(len(groups), dim=1)  # each (B, L, 1)
+    batch = loader.for_picture(samples, max(1, 4 // len(groups)))
+    predictions = masked_predictions(model, contextlib.nullcontext())(*batch)
+    _, mean, std = model.targets(batch[0])
+    mean, std = ([x] if torch.is_tensor(x) else x for x in (mean, std))
+    titles = ["input", "visible patches", "prediction"]
+    if model.norm_pix_loss:
+        titles[2:] = ["given back: true mean of each patch", "prediction, with true mean and std"]
 
     rows = []
-    for group, p, t, m, s, mask in zip(groups, pred, target, mean, std, masks):
-        patches = t * s + m  # with the true mean and std of each patch
-        fills = [0.0, m, p * s + m] if model.norm_pix_loss else [0.0, p]
-        columns = [patches, *(torch.where(mask, fill, patches) for fill in fills)]
+    for group, (pred, target, _, mask), m, s in zip(groups, predictions, mean, std):
+        patches = target * s + m
+        fills = [0.0, m, pred * s + m] if model.norm_pix_loss else [0.0, pred]
+        columns = [patches, *(torch.where(mask[..., None], fill, patches) for fill in fills)]
         columns = [unpatchify(column, model.patch_size, model.grid) for column in columns]
         row = torch.stack(columns, dim=1)  # (B, columns, C, H, W)
         row = row * loader.std[list(group)] + loader.mean[list(group)]
@@ -443,8 +465,11 @@ def save_picture(model: MAE, samples: data.Samples, loader: data.Loader, config:
             high = row[:, :1].amax((0, 1, 3, 4), keepdim=True)
             row = (row - low) / (high - low).clamp(min=1e-6)
         rows.append(row[:, :, :3] if row.shape[2] >= 3 else row[:, :, :1].expand(-1, -1, 3, -1, -1))
-    pictures = torch.stack(rows, dim=1).flatten(0, 1).cpu()  # (B * groups, columns, 3, H, W)
-    common.save_pictures(pictures.unbind(dim=1), Path(config.out, "reconstruction.png"))
+    pictures = torch.stack(rows, dim=1).flatten(0, 1)  # (B * groups, columns, 3, H, W)
+    metrics = data.variance_left([predictions], model.grid)
+    caption = data.describe_variance_left(metrics, f"{target_name(config)} of these images")
+    pictures = dict(zip(titles, pictures.unbind(dim=1)))
+    common.save_pictures(pictures, Path(config.out, "reconstruction.png"), caption)
 
 
 def show(config: Show) -> None:

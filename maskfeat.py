@@ -21,6 +21,7 @@ edges run and leaves out color and contrast. It needs no tokenizer, no teacher a
     python maskfeat.py finetune --data DIR --init runs/maskfeat/last.pt
     python maskfeat.py show --init runs/maskfeat/last.pt --image photo.jpg
 """
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -106,6 +107,8 @@ class Show(PredictionConfig, EncoderConfig, common.Task):
     image: str | None = None  # photograph, video or folder of frames (default: some of --data)
     out: str = "runs/maskfeat-show"  # folder of the picture
 
+
+TARGETS = {"hog": "HOG", "pixels": "normalized pixels"}
 
 # ---------------------------------------------------------------------------------------------- HOG
 
@@ -274,6 +277,17 @@ def mean_tokens(model: MaskFeat, autocast: torch.autocast) -> Callable:
     return encode
 
 
+def masked_predictions(model: MaskFeat, autocast: torch.autocast) -> Callable:
+    """A function of a batch -> predictions as in `data`: a list of one."""
+    def predict(pixels, _, visible, masked):
+        with autocast:
+            _, pred = model.eval()(pixels, visible, masked)
+        targets = model.targets(pixels)
+        mask = data.indices_to_mask(masked, targets.shape[1])
+        return [(scatter_tokens(torch.zeros_like(targets), masked, pred), targets, ~mask, mask)]
+    return predict
+
+
 def pretrain(config: Pretrain) -> None:
     """Pre-training; at its end a picture and, if there are labels, probes."""
     device = common.init_distributed(config.device)
@@ -302,8 +316,9 @@ def pretrain(config: Pretrain) -> None:
 
     train_view = data.Samples(train_source, view, config.seed, replace_unreadable=False)
     val_view = data.Samples(val_source or train_source, view, config.seed, replace_unreadable=False)
+    masked_view = data.Samples(val_view.source, view, config.seed, draw)
     batches = loader.train(samples, config, plan, start)
-    encode = mean_tokens(model, autocast)
+    encode, predict = mean_tokens(model, autocast), masked_predictions(model, autocast)
 
     unit = "clips" if config.frames > 1 else "images"
     losses, peak_lr = [], config.base_lr * config.batch_size / 256
@@ -334,6 +349,7 @@ def pretrain(config: Pretrain) -> None:
             last = done == plan.steps
             if last or done % config.evaluate_every == 0:
                 metrics = data.evaluate_features(encode, train_view, val_view, loader, config.evaluate_samples, classes)
+                metrics |= data.evaluate_predictions(predict, model.grid, masked_view, loader, config.evaluate_samples)
                 model.train()
             if last or stopped or metrics or config.log_due(done):
                 log.write(done, losses, scaler, lr=lr, **metrics)
@@ -345,8 +361,11 @@ def pretrain(config: Pretrain) -> None:
     log.close()
     checkpoints.print_paths()
 
+    metrics = data.evaluate_predictions(predict, model.grid, masked_view, loader, config.evaluate_samples)
     if common.get_rank() == 0:
-        save_picture(model, data.Samples(val_view.source, view, config.seed, draw), loader, config)
+        kind = "held-out" if val_source else "training"
+        print(data.describe_variance_left(metrics, f"{TARGETS[config.target]} of {kind} {unit}"))
+        save_picture(model, masked_view, loader, config)
     if classes:
         before = mean_tokens(new_model(config).to(device), autocast)
         data.print_probes({"before training": before, "after": encode}, train_view, val_view, loader)
@@ -422,46 +441,48 @@ def finetune(config: Finetune) -> None:
 
 @torch.no_grad()
 def save_picture(model: MaskFeat, samples: data.Samples, loader: data.Loader, config: Pretrain | Show) -> None:
-    """A picture, a row for each image or time step: original, masked, target, prediction."""
-    indices = data.evenly_spaced(len(samples.source), 4 if config.frames == 1 else 1)
-    pixels, _, visible, masked = loader.examples(samples, indices)
-    _, pred = model.eval()(pixels, visible, masked)
-    target = model.targets(pixels)  # (B, L, K)
-    predicted = scatter_tokens(target, masked, pred)  # among the targets of the visible patches
+    """A picture, a row for each image or time step: input, visible patches, target, prediction."""
+    batch = loader.for_picture(samples, 4 if config.frames == 1 else 1)
+    predictions = masked_predictions(model, contextlib.nullcontext())(*batch)
+    pred, targets, _, mask = predictions[0]
+    frames, grid = model.target_frames(batch[0]), model.grid[-2:]  # (B * times, C, H, W)
+    pred, targets, mask = (x.cpu().reshape(len(frames), -1, *x.shape[2:]) for x in (pred, targets, mask))
+    mask = mask.unflatten(1, grid)
+    cells = frames.shape[-1] // model.cell
+    frames = common.enlarge(frames * loader.std + loader.mean, max(224, 16 * cells))  # to see strokes
+    is_masked = F.interpolate(mask[:, None].float(), frames.shape[-2:]) > 0
+    pictures = {"input": frames, "visible patches": torch.where(is_masked, 0.5, frames)}
+    name = TARGETS[model.target]
+    if model.target == "hog":
+        everywhere = torch.ones_like(mask)
+        pictures[name] = torch.stack([draw_hog(*x, model) for x in zip(frames, targets, everywhere)])
+        pictures[f"predicted {name}"] = torch.stack([draw_hog(*x, model) for x in zip(frames, pred, mask)])
+    else:
+        for title, values in ((name, targets), (f"predicted {name}", pred)):
+            pictures[title] = common.enlarge(0.5 + 0.2 * unpatchify(values, model.patch_size, grid))
+    for title in list(pictures)[2:]:
+        pictures[title] = common.outline(pictures[title], mask)
+    what = f"{name} of {'these images' if config.frames == 1 else 'this clip'}"
+    caption = data.describe_variance_left(data.variance_left([predictions], model.grid), what)
+    common.save_pictures(pictures, Path(config.out, "prediction.png"), caption)
 
-    frames, grid = model.target_frames(pixels), model.grid[-2:]
-    mask = torch.zeros(target.shape[:2], device=pixels.device).scatter(1, masked, 1.0)  # (B, L)
-    mask = mask.reshape(len(frames), -1)  # a row for each image or time step
-    is_masked = F.interpolate(mask.reshape(-1, 1, *grid), frames.shape[-2:]) > 0
-    frames = frames * loader.std + loader.mean
-    columns = [frames.cpu(), torch.where(is_masked, 0.5, frames).cpu()]
-    for values in (target, predicted):
-        values = values.reshape(*mask.shape, -1).cpu()
-        if model.target == "hog":
-            columns.append(torch.stack([draw_hog(v, m, model) for v, m in zip(values, mask.cpu())]))
-        else:
-            columns.append(0.5 + 0.2 * unpatchify(values, model.patch_size, grid))
-    common.save_pictures(columns, Path(config.out, "prediction.png"))
 
-
-def draw_hog(values: Tensor, mask: Tensor, model: MaskFeat) -> Tensor:
-    """HOG (L, K) as a picture (3, H, W): a stroke for each bin, bright in masked patches."""
-    (rows, columns), n = model.grid[-2:], model.patch_size // model.cell
-    side = model.cell * max(1, 224 // (columns * model.patch_size))  # as in `save_pictures`
+def draw_hog(image: Tensor, values: Tensor, mask: Tensor, model: MaskFeat) -> Tensor:
+    """An image (3, H, W), dimmed in masked patches, and over them HOG (L, K): a stroke for each bin."""
+    (rows, columns), n = mask.shape, model.patch_size // model.cell
+    side = image.shape[2] // (columns * n)  # of a cell in the picture
     cells = values.reshape(rows, columns, -1, 9, n, n).mean(2).permute(0, 3, 1, 4, 2)
     cells = cells.reshape(rows * n, columns * n, 9)
-    bright = mask.reshape(rows, columns).repeat_interleave(n, 0).repeat_interleave(n, 1)
-    canvas = Image.new("RGB", (columns * n * side, rows * n * side))
+    dimmed = F.interpolate(1 - 0.6 * mask[None, None].float(), image.shape[-2:])[0]
+    canvas = v2.functional.to_pil_image(image * dimmed)
     draw = ImageDraw.Draw(canvas)
-    for i in range(rows * n):
-        for j in range(columns * n):
-            x, y = (j + 0.5) * side, (i + 0.5) * side
-            shade = (255, 220, 90) if bright[i, j] else (110, 110, 130)
-            for k in cells[i, j].argsort().tolist():  # the longest on top
-                angle = (k + 0.5) / 9 * math.pi  # the gradient is (sin, cos), the edge across it
-                reach = 0.5 * side * float(cells[i, j, k].clamp(0, 1))
-                dx, dy = reach * math.cos(angle), -reach * math.sin(angle)
-                draw.line([x - dx, y - dy, x + dx, y + dy], fill=shade, width=max(1, side // 24))
+    for i, j in mask.repeat_interleave(n, 0).repeat_interleave(n, 1).nonzero().tolist():
+        x, y = (j + 0.5) * side, (i + 0.5) * side
+        for k in cells[i, j].argsort().tolist():  # the longest on top
+            angle = (k + 0.5) / 9 * math.pi  # the gradient is (sin, cos), the edge across it
+            reach = 0.5 * side * float(cells[i, j, k].clamp(0, 1))
+            dx, dy = reach * math.cos(angle), -reach * math.sin(angle)
+            draw.line([x - dx, y - dy, x + dx, y + dy], fill=(255, 220, 90), width=max(1, side // 12))
     return v2.functional.pil_to_tensor(canvas) / 255
 
 

@@ -973,8 +973,13 @@ def test_published_vjepa_files(videos, tmp_path, monkeypatch, capsys):
     assert has_weights(vjepa.new_model(config).predictor, filled(predictor_table()))
 
     flags = ["--init", tmp_path / "vit.pth.tar", "--device", "cpu", "--workers", 0]
-    main(monkeypatch, "show", *flags, "--image", videos / "val/darker/clip0", "--out", tmp_path, method=vjepa)
-    assert (tmp_path / "tokens.png").exists()
+    show, margin = ["show", *flags, "--image", videos / "val/darker/clip0", "--out", tmp_path], 7 * 36  # 8 times
+    main(monkeypatch, *show, method=vjepa)
+    assert size_in_tiles(tmp_path / "tokens.png", margin) == (8, 7)
+    torch.save({"target_encoder": target}, tmp_path / "encoder.pth")  # no predictor, so no predictions
+    main(monkeypatch, *show, "--init", tmp_path / "encoder.pth", method=vjepa)
+    assert size_in_tiles(tmp_path / "tokens.png", margin) == (8, 5)
+    assert "encoder.pth is an encoder-only checkpoint" in capsys.readouterr().out
     test = ["probe", "--eval-only", *flags, "--data", videos]
     main(monkeypatch, *test, "--classifier", tmp_path / "probe.pth.tar", "--segments", 2, method=vjepa)
     assert "validation samples" in capsys.readouterr().out
@@ -1111,6 +1116,7 @@ def test_satmae_by_command_line(kind, samples, places, tmp_path, monkeypatch, ca
     main(monkeypatch, *pretrain, "--consistent")
     mean = common.read_checkpoint(init[1])["settings"]["mean"]
     assert len(mean) == 5 and 0.3 < mean[0] < 0.45 and (tmp_path / "run/reconstruction.png").exists()
+    assert records(tmp_path / "run")[-1]["variance_left"] > 0
     for task in (["finetune", "--mixup", 0.8], ["linprobe"]):
         main(monkeypatch, *task, "--preset", "demo", *init, *flags, "--steps", 2, "--out", tmp_path / task[0])
     capfd.readouterr()
@@ -1565,6 +1571,7 @@ def test_masks_depend_on_seed_and_position_alone(method, tiny, where, request, s
     to_indices, forward, leaves = data.Loader.to_indices, model.forward, torch.utils._pytree.tree_leaves
     default = request.getfixturevalue(where)
     monkeypatch.setattr(data, "evaluate_features", lambda *_: {})
+    monkeypatch.setattr(data, "evaluate_predictions", lambda *_: {"variance_left": 1, "variance_left_neighbors": 1})
 
     def seen(*flags, images=default, world_size=1, rank=0):
         """The masks that a run draws, and the indices that its model gets, an entry a micro-batch."""
@@ -1693,6 +1700,55 @@ def test_an_encoder_of_clips_encodes_images(tmp_path):
     assert mae.new_classifier(config, 3)(images).shape == (2, 3)
 
 
+@pytest.mark.parametrize("grid", [(2, 3), (4, 2, 2)])
+def test_trivial_predictions_equal_the_obvious_computation(grid):
+    torch.manual_seed(0)
+    targets, visible = torch.randn(3, math.prod(grid), 5), torch.rand(3, math.prod(grid)) < 0.4
+    visible[:, 0] = True
+    found, places = data.trivial_predictions(targets, visible, grid), list(np.ndindex(grid))
+    for i, place in itertools.product(range(3), places):
+        seen = {other: x for other, x, v in zip(places, targets[i], visible[i]) if v}
+        weights = {other: math.exp(-math.dist(place, other) ** 2 / 2) for other in seen}
+        average = sum(weights[other] * x for other, x in seen.items()) + sum(seen.values()) / len(seen)
+        average = average / (sum(weights.values()) + 1)
+        neighbors, *last_time = (x[i, places.index(place)] for x in found.values())
+        assert torch.allclose(neighbors, average, atol=1e-5) and len(last_time) == len(grid) - 2
+        if last_time:
+            before = [seen[t, *place[1:]] for t in range(place[0]) if (t, *place[1:]) in seen]
+            assert torch.allclose(last_time[0], before[-1] if before else average, atol=1e-5)
+
+
+def test_a_perfect_prediction_leaves_no_variance_and_the_mean_all():
+    """Of two slices with other numbers of values; at tokens that are not masked a prediction does not count."""
+    torch.manual_seed(0)
+    targets, masked = [torch.randn(6, 4, k) + 3 for k in (2, 5)], torch.rand(2, 6, 4) < 0.5
+    means = [t[m].mean(dim=0).expand_as(t) for t, m in zip(targets, masked)]
+    for wanted, preds in ((0, targets), (1, means), (0.25, [(t + mean) / 2 for t, mean in zip(targets, means)])):
+        slices = [(torch.where(m[..., None], p, math.nan), t, ~m, m) for p, t, m in zip(preds, targets, masked)]
+        batches = [[tuple(x[k:k + 3] for x in parts) for parts in slices] for k in (0, 3)]
+        assert data.variance_left(batches, (2, 2))["variance_left"] == pytest.approx(wanted, abs=1e-5)
+    assert "with 0.61 of the variance left (visible neighbors 0.74, mean 1)" in data.describe_variance_left(
+        {"variance_left": 0.612, "variance_left_neighbors": 0.738}, "HOG")
+
+
+@pytest.mark.parametrize("method, tiny, where", [RUNS[0], RUNS[1], RUNS[3]])
+def test_predictions_are_evaluated_on_the_same_masks_and_change_nothing(method, tiny, where, request, tmp_path,
+                                                                        no_probe, monkeypatch, capsys):
+    flags = ["--data", request.getfixturevalue(where), *tiny, "--steps", 3]
+    flags += ["--momentum", 1, "--final-momentum", 1] if method is vjepa else []  # the same targets at all steps
+    main(monkeypatch, *flags, "--evaluate-every", 5, "--out", tmp_path / "without", method=method)
+    capsys.readouterr()
+    main(monkeypatch, *flags, "--evaluate-every", 1, "--out", tmp_path / "with", method=method)
+    log = records(tmp_path / "with")
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    assert torch.equal(end_of(tmp_path / "with"), end_of(tmp_path / "without"))
+    assert len({record["variance_left_neighbors"] for record in log}) == 1 == len(log) - 2
+    assert len({record["variance_left"] for record in log}) == 3
+    kind = {mae: "normalized pixels", maskfeat: "HOG", vjepa: "features"}[method]
+    line = f"predicts masked {kind} of held-out (images|clips) with {log[-1]['variance_left']:.2f} of the variance left"
+    assert re.search(line, capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_equal_blocks_share_a_graph_for_all_lengths(checkpointing, monkeypatch):
     torch.compiler.reset()
@@ -1728,6 +1784,13 @@ def test_a_collapse_is_noticed(tmp_path, monkeypatch, capsys):
 # -------------------------------------------------------------------------------------------------------------- runs
 
 
+def size_in_tiles(path, margin=0):
+    """(columns, rows) of a picture of tiles of 224 pixels, with white between them and around their titles."""
+    width, height = Image.open(path).size
+    assert (width - margin) % 228 == 4
+    return (width - margin) // 228, height // 228
+
+
 def end_of(out):
     """All weights at the end of a run."""
     weights = common.read_checkpoint(out / "last.pt")["model"]
@@ -1752,7 +1815,7 @@ def test_tasks_on_images_by_command_line(method, tiny, folder, tmp_path, monkeyp
     image = next((folder / "test/coffee").glob("*.png"))
     printed("show", "--init", init, "--image", image, "--out", tmp_path / "s")
     picture, = (tmp_path / "s").glob("*.png")
-    assert Image.open(picture).size == (4 * 224 + 5 * 4, 224 + 2 * 4)
+    assert size_in_tiles(picture) == (4, 1)
     if method is mae:
         printed("linprobe", *flags, "--out", tmp_path / "l", "--steps", 3)
         before, after = common.read_weights(init)[0], common.read_weights(tmp_path / "l/last.pt")[0]
@@ -2085,6 +2148,9 @@ def test_processes_and_accumulation_do_not_change_the_run(task, of_task, tmp_pat
         names.append("two")
     wanted = gradients(tmp_path / "one")
     for name in names:
+        for key in ("variance_left", "variance_left_neighbors") if task in ("mae", "maskfeat", "vjepa") else ():
+            one, more = (records(tmp_path / out)[-1][key] for out in ("one", name))
+            assert more == pytest.approx(one, rel=1e-3)
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
         assert (gradients(tmp_path / name) - wanted).norm() < 0.01 * wanted.norm()
 
@@ -2293,7 +2359,8 @@ def test_maskfeat_on_videos_by_command_line(demo, videos, tmp_path, monkeypatch)
     out, data_flags = tmp_path / "run", ["--data", videos, "--frame-stride", 2, "--batch-size", 4]
     printed = demo(maskfeat, *data_flags, "--frames", 4, "--image-size", 32, "--patch-size", 8, "--steps", 2,
                    "--target", "pixels", "--out", out)
-    assert "validation samples: chance " in printed and Image.open(out / "prediction.png").height == 2 * 224 + 3 * 4
+    assert "validation samples: chance " in printed and size_in_tiles(out / "prediction.png") == (4, 2)
+    assert {"variance_left", "variance_left_neighbors", "variance_left_last_time"} <= set(records(out)[-1])
     segments, read_clips = [], data.read_clips
     monkeypatch.setattr(data, "read_clips", lambda *inputs: segments.append(inputs[3]) or read_clips(*inputs))
     finetune = ["finetune", *data_flags, "--views", 3]
@@ -2320,7 +2387,7 @@ def test_vjepa_by_command_line(demo, videos, folder, checkpoint, tmp_path, monke
     assert {"step", "loss", "lr", "momentum", "knn", "feature_std", "effective_rank", "score_knn"} <= set(log[1])
     assert "effective_rank" not in log[0]
     assert last["step"] == 3 and common.read_checkpoint(out / "best.pt")["step"] in (2, 3)
-    assert Image.open(out / "tokens.png").size == (4 * 224 + 5 * 4, 2 * 224 + 3 * 4)
+    assert size_in_tiles(out / "tokens.png", 7 * 14) == (2, 7)  # two times; frames, and of each mask three rows
     name = "blocks.0.attn.qkv.weight"
     encoder = common.load_encoder(out / "last.pt").state_dict()[name]
     assert torch.equal(encoder, last["model"][f"target_encoder.{name}"])
@@ -2346,7 +2413,7 @@ def test_vjepa_by_command_line(demo, videos, folder, checkpoint, tmp_path, monke
 
     for path in (folder / "test/coffee/0.png", videos / "val/darker/clip1"):
         demo(vjepa, "show", *init, "--image", path, "--out", tmp_path / "s", "--masking", "tube")
-        assert Image.open(tmp_path / "s/tokens.png").size == (3 * 224 + 4 * 4, 2 * 224 + 3 * 4)
+        assert size_in_tiles(tmp_path / "s/tokens.png", 7 * 14) == (2, 4)
     stills = ["--data", folder, "--still", "--steps", 2, "--batch-size", 4]
     assert "top-1" in demo(vjepa, "probe", *stills, *init, "--out", tmp_path / "i")
     assert "validation samples: chance " in demo(vjepa, *VJEPA_FLAGS, *stills, "--out", tmp_path / "still")
@@ -2950,7 +3017,7 @@ def test_the_picture_shows_what_the_prediction_gets_back(normalized, folder, tmp
     """Before the reconstruction, the true means alone: what is more in the reconstruction was predicted."""
     shown = []
     monkeypatch.setattr(common, "save_pictures",
-                        lambda columns, _: shown.extend(common.patchify(x, 8) for x in columns))
+                        lambda columns, *_: shown.extend(common.patchify(x, 8) for x in columns.values()))
     main(monkeypatch, "--data", folder, *TINY_FLAGS, "--steps", 1, "--mean", *[0] * 3, "--std", *[1] * 3, "--out",
          tmp_path, "--norm-pix-loss" if normalized else "--no-norm-pix-loss")
     original, seen, *between, reconstruction = shown  # (B, L, P*P*C) each
@@ -2978,10 +3045,12 @@ def test_pictures_show_the_image_whatever_its_normalization(method, model, folde
     torch.save({"model": model().state_dict()}, tmp_path / "last.pth")
     image = folder / "test/coffee/4.png"
     flags = ["--mean", 0.1, 0.2, 0.3, "--std", 0.4, 0.5, 0.6, "--image", image, "--out", tmp_path]
-    flags += ["--frames", 4, "--image-size", 32] if method is vjepa else []
+    if method is vjepa:
+        flags += ["--frames", 4, "--image-size", 32, "--predictor-dim", 32, "--predictor-depth", 2]
     main(monkeypatch, "show", "--init", tmp_path / "last.pth", *flags, method=method)
     picture, = tmp_path.glob("*.png")
-    shown = torch.from_numpy(np.array(Image.open(picture)))[4:228, 4:228].permute(2, 0, 1)
+    left, top = (7 * 14 + 4, 4) if method is vjepa else (4, 3 * 18 + 4 if method is maskfeat else 3 * 14 + 4)
+    shown = torch.from_numpy(np.array(Image.open(picture)))[top:top + 224, left:left + 224].permute(2, 0, 1)
     original = data.CenterCrop(32)(Image.open(image).convert("RGB"))
     assert (shown[:, 3::7, 3::7].int() - original.int()).abs().max() <= 1  # each pixel enlarged to 7 x 7
 

@@ -25,6 +25,7 @@ The paper calls the two encoders x-encoder and y-encoder. Each clip has two mask
     python vjepa.py finetune --data DIR --init runs/vjepa/last.pt
     python vjepa.py show --init runs/vjepa/last.pt --image clip.mp4
 """
+import contextlib
 import copy
 import functools
 import math
@@ -43,7 +44,8 @@ from tqdm import tqdm
 
 import common
 import data
-from common import MLP, Block, Fraction, UserError, ViT, cosine_schedule, gather_tokens, init_weights, sincos
+from common import (MLP, Block, Fraction, UserError, ViT, cosine_schedule, gather_tokens, init_weights,
+                    scatter_tokens, sincos)
 
 # ----------------------------------------------------- configuration: the paper's values, for ViT-L
 
@@ -138,10 +140,12 @@ class Finetune(Probe):  # ours: the published code has none
 
 
 @dataclass(frozen=True, kw_only=True)
-class Show(EncoderConfig, MaskingConfig, common.Task):
+class Show(EncoderConfig, MaskingConfig, PredictionConfig, common.Task):
     image: str | None = None  # video, folder of frames or photograph (default: a clip of --data)
     out: str = "runs/vjepa-show"  # folder of the picture
 
+
+TARGETS = {"latent": "features", "pixels": "normalized pixels"}
 
 # ------------------------------------------------------------------------------------------ masking
 # A mask is a boolean tensor (L,) in the order (times, rows, columns), True = masked, drawn from the
@@ -246,10 +250,10 @@ class VJEPA(nn.Module):
                  predictor_depth: int = 12, kinds: int = 2, target: str = "latent"):
         super().__init__()
         self.encoder = ViT(size, image_size, patch_size, channels, frames, tubelet, class_token=False)
-        self.target, self.tubelet = target, tubelet
-        dim, heads, grid = self.encoder.dim, self.encoder.heads, self.encoder.grid
+        self.grid, self.target, self.tubelet = self.encoder.grid, target, tubelet
+        dim, heads = self.encoder.dim, self.encoder.heads
         out_dim = dim if target == "latent" else channels * tubelet * patch_size ** 2
-        self.predictor = Predictor(grid, dim, heads, predictor_dim, predictor_depth, kinds, out_dim)
+        self.predictor = Predictor(self.grid, dim, heads, predictor_dim, predictor_depth, kinds, out_dim)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -265,14 +269,20 @@ class VJEPA(nn.Module):
         std = (tubelets.var(-1, keepdim=True) + 1e-6).sqrt()
         return (tubelets - tubelets.mean(-1, keepdim=True)) / std
 
+    def predict(self, clips: Tensor, visible: list[Tensor], masked: list[Tensor]) -> list[Tensor]:
+        """Predictions at the masked tokens, (B, M, K), for each kind of mask."""
+        embedded = self.encoder.embed(clips)  # (B, L, D)
+        predictions = []
+        for kind, (v, m) in enumerate(zip(visible, masked)):
+            context = self.encoder.encode(gather_tokens(embedded, v))  # (B, N, D)
+            predictions.append(self.predictor(context, v, m, kind))  # (B, M, K)
+        return predictions
+
     def forward(self, clips: Tensor, visible: list[Tensor], masked: list[Tensor]) -> Tensor:
         """clips (B, C, T, H, W), of each kind visible = context (B, N), masked = targets (B, M) -> loss."""
         targets = self.targets(clips)  # (B, L, K)
-        embedded = self.encoder.embed(clips)  # (B, L, D)
         losses = []
-        for kind, (v, m) in enumerate(zip(visible, masked)):
-            context = self.encoder.encode(gather_tokens(embedded, v))  # (B, N, D)
-            pred = self.predictor(context, v, m, kind)  # (B, M, K)
+        for pred, m in zip(self.predict(clips, visible, masked), masked):
             error = pred.float() - gather_tokens(targets, m)
             losses.append(error.abs().mean() if self.target == "latent" else error.square().mean())
         return torch.stack(losses).mean()
@@ -287,14 +297,14 @@ class VJEPA(nn.Module):
 # ------------------------------------------------------------------------------------- pre-training
 
 
-def new_model(config: Pretrain) -> VJEPA:
+def new_model(config: Pretrain | Show, kinds: int | None = None) -> VJEPA:
     """The model before training, the same for the same seed; with --init that of the checkpoint."""
     torch.manual_seed(config.seed)
     model = common.build(VJEPA, config.size, config.image_size, config.patch_size,
                          config.channels, config.frames, config.tubelet, config.predictor_dim,
-                         config.predictor_depth, len(MASKS[config.masking]), config.target)
-    if not draw_masks(config, model.encoder.grid, 0).any(dim=1).all():
-        patches = math.prod(model.encoder.grid[1:])
+                         config.predictor_depth, kinds or len(MASKS[config.masking]), config.target)
+    if not draw_masks(config, model.grid, 0).any(dim=1).all():
+        patches = math.prod(model.grid[1:])
         raise UserError(f"--masking {config.masking} masks none of the {patches} patches of a "
                         "frame: raise --image-size or --mask-ratio")
     if config.init:
@@ -310,6 +320,20 @@ def mean_tokens(encoder: ViT, autocast: torch.autocast) -> Callable:
         tokens = F.layer_norm(tokens, (encoder.dim,))
         return tokens.unflatten(1, (encoder.grid[0], -1)).mean(dim=2).flatten(1)
     return encode
+
+
+def masked_predictions(model: VJEPA, autocast: torch.autocast) -> Callable:
+    """A function of a batch -> predictions as in `data`, one for each of the masks."""
+    def predict(clips, _, visible, masked):
+        with autocast:
+            targets, preds = model.targets(clips), model.predict(clips, visible, masked)
+        predictions = []
+        for pred, v, m in zip(preds, visible, masked):
+            pred = scatter_tokens(torch.zeros_like(targets), m, pred)
+            masks = [data.indices_to_mask(indices, targets.shape[1]) for indices in (v, m)]
+            predictions.append((pred, targets, *masks))
+        return predictions
+    return predict
 
 
 def warn_of_collapse(metrics: dict[str, float], target: str) -> None:
@@ -339,7 +363,7 @@ def pretrain(config: Pretrain) -> None:
     clip = functools.partial(data.single_clip, frames=config.frames)
     augmentation = v2.Compose([crop, v2.RandomHorizontalFlip(0.5 * config.flip), v2.PILToTensor(), clip])
     view = v2.Compose([data.CenterCrop(config.image_size), clip])
-    draw = functools.partial(draw_masks, config, model.encoder.grid)
+    draw = functools.partial(draw_masks, config, model.grid)
     samples = data.Samples(train_source, augmentation, config.seed, draw)
     # Token lists are cut to the shortest of a micro-batch, which as published has 24 clips.
     plan = common.plan_micro_batches(config, plan, model, loader, samples, autocast, largest=24)
@@ -351,8 +375,9 @@ def pretrain(config: Pretrain) -> None:
 
     train_view = data.Samples(train_source, view, config.seed, replace_unreadable=False)
     val_view = data.Samples(val_source or train_source, view, config.seed, replace_unreadable=False)
+    masked_view = data.Samples(val_view.source, view, config.seed, draw)
     batches = loader.train(samples, config, plan, start)
-    encode = mean_tokens(model.target_encoder, autocast)
+    encode, predict = mean_tokens(model.target_encoder, autocast), masked_predictions(model, autocast)
 
     losses, peak_lr = [], config.base_lr * config.batch_size / 256
     warmup, horizon = config.warmup * plan.steps, config.schedule_scale * plan.steps
@@ -387,6 +412,7 @@ def pretrain(config: Pretrain) -> None:
             last = done == plan.steps
             if last or done % config.evaluate_every == 0:
                 metrics = data.evaluate_features(encode, train_view, val_view, loader, config.evaluate_samples, classes)
+                metrics |= data.evaluate_predictions(predict, model.grid, masked_view, loader, config.evaluate_samples)
                 warn_of_collapse(metrics, config.target)
             if last or stopped or metrics or config.log_due(done):
                 log.write(done, losses, scaler, lr=lr, momentum=momentum, **metrics)
@@ -398,8 +424,11 @@ def pretrain(config: Pretrain) -> None:
     log.close()
     checkpoints.print_paths()
 
+    metrics = data.evaluate_predictions(predict, model.grid, masked_view, loader, config.evaluate_samples)
     if common.get_rank() == 0:
-        save_picture(model.target_encoder, data.Samples(val_view.source, view, config.seed, draw), loader, config)
+        kind = "held-out" if val_source else "training"
+        print(data.describe_variance_left(metrics, f"{TARGETS[config.target]} of {kind} clips"))
+        save_picture(model, masked_view, loader, config)
     if classes:
         before = mean_tokens(new_model(config).to(device).target_encoder, autocast)
         limit = 15 * config.evaluate_samples
@@ -554,34 +583,51 @@ def classify(config: Probe | Finetune, layer_decay: float) -> None:
 # ----------------------------------------------------------------------------------------- pictures
 
 
-def pca_colors(tokens: Tensor) -> Tensor:
-    """The first three principal components of tokens (L, D) as colors (L, 3) in [0, 1]."""
-    tokens = tokens - tokens.mean(dim=0)
-    components = tokens @ torch.linalg.svd(tokens, full_matrices=False).Vh[:3].T  # (L, 3)
-    low, high = components.quantile(0.02, dim=0), components.quantile(0.98, dim=0)
-    return ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+def pca_colors(tokens: Tensor, *others: Tensor) -> list[Tensor]:
+    """Tokens (L, D), and others by the same principal components, the first three, as colors."""
+    mean = tokens.mean(dim=0)
+    components = torch.linalg.svd(tokens - mean, full_matrices=False).Vh[:3].T  # (D, 3)
+    values = (tokens - mean) @ components  # (L, 3)
+    low, high = values.quantile(0.02, dim=0), values.quantile(0.98, dim=0)
+    return [(((x - mean) @ components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+            for x in (tokens, *others)]
 
 
 @torch.no_grad()
-def save_picture(encoder: ViT, samples: data.Samples, loader: data.Loader, config: Pretrain | Show) -> None:
-    """A picture of a clip, a row for each time step: first frame, context of each mask, tokens."""
-    times, rows, columns = encoder.grid
-    clip, _, visible, _ = loader.examples(samples, [len(samples.source) // 4])  # (1, C, T, H, W)
-    tokens = encoder.eval().forward_features(clip)[0].float().cpu()[-math.prod(encoder.grid):]
-    frames = clip[0, :, ::config.tubelet].transpose(0, 1)  # (times, C, H, W)
-    frames = (frames * loader.std + loader.mean).cpu()
-    pictures = [frames]
-    for indices in visible:
-        seen = torch.zeros(1, len(tokens)).scatter_(1, indices.cpu(), 1.0)
-        seen = F.interpolate(seen.view(times, 1, rows, columns), frames.shape[-2:])
-        pictures.append(torch.where(seen > 0, frames, 0.5))
-    colors = pca_colors(tokens).T.reshape(3, times, rows, columns).transpose(0, 1)
-    pictures.append(F.interpolate(colors, frames.shape[-2:]))
-    common.save_pictures(pictures, Path(config.out, "tokens.png"))
+def save_picture(model: VJEPA, samples: data.Samples, loader: data.Loader, config: Pretrain | Show,
+                 with_predictor: bool = True) -> None:
+    """A picture of a clip, time from left to right: frames; context, targets, predictions of each mask."""
+    batch = loader.for_picture(samples, 1)
+    predictions = masked_predictions(model, contextlib.nullcontext())(*batch)
+    metrics, name = data.variance_left([predictions], model.grid), TARGETS[config.target]
+    caption = data.describe_variance_left(metrics, f"{name} of this clip")
+    if not with_predictor:
+        caption = "no predictions, since the checkpoint has no predictor"
+    targets, *preds = pca_colors(predictions[0][1][0], *(pred[0] for pred, *_ in predictions))  # (L, 3)
+
+    times = data.evenly_spaced(model.grid[0], 8)
+    frames = batch[0][0, :, ::config.tubelet].transpose(0, 1)[times]  # (times, C, H, W)
+    frames = common.enlarge(frames * loader.std + loader.mean)
+
+    def by_time(x):  # (L, C) -> (times, C, H, W)
+        x = x.float().cpu().unflatten(0, model.grid)[times].movedim(3, 1)
+        return F.interpolate(x, frames.shape[-2:])
+
+    pictures = {"frames": frames}
+    for kind, (pred, (_, _, visible, masked)) in enumerate(zip(preds, predictions), 1):
+        number = f" {kind}" if len(preds) > 1 else ""
+        visible, masked = visible[0, :, None], masked[0, :, None]  # (L, 1)
+        outlined = functools.partial(common.outline, mask=masked.unflatten(0, model.grid)[times, ..., 0])
+        pictures[f"context{number}"] = torch.where(by_time(visible) > 0, frames, 0.5)
+        pictures[f"target {name}{number}"] = outlined(by_time(targets))
+        if with_predictor:
+            pictures[f"predicted {name}{number}"] = outlined(by_time(torch.where(masked, pred, 0.5)))
+    caption += "; colors: the first three principal components of the target"
+    common.save_pictures(pictures, Path(config.out, "tokens.png"), caption, in_rows=True)
 
 
 def show(config: Show) -> None:
-    """A picture of the masks and the tokens of --image, or of a clip of --data."""
+    """A picture of the masks, features and predictions of --image, or of a clip of --data."""
     if not config.init:
         raise UserError("show needs --init, a checkpoint")
     device = common.init_distributed(config.device)
@@ -591,11 +637,16 @@ def show(config: Show) -> None:
         frames=1 if still else config.frames, frame_stride=config.frame_stride)
     source = val_source or train_source
     loader = data.Loader(*data.mean_and_std(config, source), device)
-    encoder = common.load_encoder(config.init, image_size=config.image_size, frames=config.frames)
+    weights, _ = common.read_weights(config.init)
+    kinds = sum(name.startswith("predictor.mask_tokens.") for name in weights)  # 0: no predictor
+    model = new_model(config, kinds or 1).to(device)
+    tokens = model.predictor.mask_tokens
+    while len(tokens) < len(MASKS[config.masking]):  # other masks than in the training
+        tokens.append(tokens[-1])
     clip = functools.partial(data.single_clip, frames=config.frames)
     view = v2.Compose([data.CenterCrop(config.image_size), clip])
-    draw = functools.partial(draw_masks, config, encoder.grid)
-    save_picture(encoder.to(device), data.Samples(source, view, config.seed, draw), loader, config)
+    draw = functools.partial(draw_masks, config, model.grid)
+    save_picture(model, data.Samples(source, view, config.seed, draw), loader, config, kinds > 0)
 
 
 # ------------------------------------------------------------------------- presets, command line
