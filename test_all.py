@@ -3059,15 +3059,13 @@ def test_pictures_show_the_image_whatever_its_normalization(method, model, folde
 
 
 def readme_commands():
-    """[(script, words)] of the README: in indented lines, between backticks, and of each row of an experiment's table,
-    whose first column has a command in its head and more flags in its rows.
-    """
+    """[(script, words)] of the README: of the fenced blocks of bash, and between backticks."""
     text = (HERE / "README.md").read_text().replace("\\\n", " ")
     script = r"(?:python|torchrun [^`]*?)\s+(mae|maskfeat|vjepa)\.py"
-    found = re.findall(rf"^    .*?{script}(.*?)(?:  #.*)?$", text, re.M)
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        found += re.findall(rf"^.*?{script}(.*?)(?:  +#.*)?$", block, re.M)
     found += [(name, flags) for name, flags in re.findall(rf"`{script}([^`]*)`", text) if "--help" not in flags]
-    for name, flags, rows in re.findall(rf"^\| `{script}([^`]*)` \|.*\n\|-.*\n((?:\|.*\n)+)", text, re.M):
-        found += [(name, f"{flags} {row}") for row in re.findall(r"^\| `(--[^`]*)`", rows, re.M)]
     return [(name, flags.split()) for name, flags in dict.fromkeys(found)]  # each once
 
 
@@ -3141,7 +3139,8 @@ def test_every_command_of_the_readme_runs(folder, videos, published_files, monke
 
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     monkeypatch.setitem(sys.modules, "timm", MagicMock())  # a tool of the README and not a dependency
-    frames = common.read_weights("runs/vjepa/best.pt")[1]["frames"]  # several commands write it
+    shutil.copy(image, "photo.jpg")
+    shutil.copytree(clip, "clip.mp4")  # a folder of frames is read as a video file is
     configure = mae.configure
 
     def configure_small(task, **given):
@@ -3149,10 +3148,11 @@ def test_every_command_of_the_readme_runs(folder, videos, published_files, monke
         return configure(task, **given | {"data": str(folder)} | small_values(mae, task, given))
 
     monkeypatch.setattr(mae, "configure", configure_small)
-    found = {"images": torch.randn(2, 3, 32, 32), "clips": torch.randn(2, 3, frames, 32, 32)}
+    found = {}
     for block in blocks:
         exec(block, found)
-    assert found["features"].shape == (2, 128) and found["trained"](found["images"]).shape == (2, 2)
+    assert found["features"].shape == (1, 128) and found["video_tokens"].shape == (1, 8 * 28 * 28, 128)
+    assert found["trained"](torch.randn(2, 3, 32, 32)).shape == (2, 2)
 
 
 @pytest.mark.parametrize("method, task", ALL_TASKS)
