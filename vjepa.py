@@ -319,7 +319,7 @@ def mean_tokens(encoder: ViT, autocast: torch.autocast) -> Callable:
 def masked_predictions(model: VJEPA, autocast: torch.autocast) -> Callable:
     """A function of a batch -> predictions as in `data`, one for each of the masks."""
     def predict(clips, _, visible, masked):
-        with autocast:
+        with autocast, torch.compiler.set_stance("force_eager"):  # not more graphs for other batches
             targets, embedded, predictions = model.targets(clips), model.encoder.embed(clips), []
             for kind, (v, m) in enumerate(zip(visible, masked)):
                 context = model.encoder.encode(gather_tokens(embedded, v))
