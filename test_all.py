@@ -1711,8 +1711,8 @@ def test_a_perfect_prediction_leaves_no_variance_and_the_mean_all():
 
 
 @pytest.mark.parametrize("method, tiny, where", [RUNS[0], RUNS[1], RUNS[3]])
-def test_predictions_are_evaluated_on_the_same_masks_and_change_nothing(method, tiny, where, request, tmp_path, no_probe,
-                                                                        monkeypatch, capsys):
+def test_predictions_are_evaluated_on_the_same_masks_and_change_nothing(method, tiny, where, request, tmp_path,
+                                                                        no_probe, monkeypatch, capsys):
     flags = ["--data", request.getfixturevalue(where), *tiny, "--steps", 3]
     flags += ["--momentum", 1, "--final-momentum", 1] if method is vjepa else []  # the same targets at all steps
     main(monkeypatch, *flags, "--evaluate-every", 5, "--out", tmp_path / "without", method=method)
