@@ -1033,14 +1033,14 @@ def save_pictures(pictures: dict[str, Tensor], path: Path, caption: str,
     (rows, columns), (height, width) = grid.shape[1:], (side + 4 for side in tiles.shape[-2:])
     size = max(14, columns // 50)  # of letters, which are half as wide
     left, top = (7 * size, 0) if in_rows else (0, 3 * size)  # for titles of two lines
-    caption = textwrap.fill(caption, int((left + columns) / (0.52 * size)))
+    caption = textwrap.fill(caption, int((left + columns) / (0.48 * size)))
     bottom = int(1.3 * size * (1 + caption.count("\n"))) + 8
     sheet = Image.new("RGB", (left + columns, top + rows + bottom), "white")
     sheet.paste(to_pil_image((255 * grid).round().byte()), (left, top))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
     for i, title in enumerate(pictures):
         x, y, anchor = (4, (i + 0.5) * height, "lm") if in_rows else ((i + 0.5) * width, top / 2, "mm")
-        title = textwrap.fill(title, int((left or width) / (0.52 * size)))
+        title = textwrap.fill(title, int((left or width) / (0.48 * size)))
         draw.text((x, y), title, "black", font, anchor, align="left" if in_rows else "center")
     draw.text((4, top + rows), caption, "black", font)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -448,8 +448,8 @@ def save_picture(model: MaskFeat, samples: data.Samples, loader: data.Loader, co
     frames, grid = model.target_frames(batch[0]), model.grid[-2:]  # (B * times, C, H, W)
     pred, targets, mask = (x.cpu().reshape(len(frames), -1, *x.shape[2:]) for x in (pred, targets, mask))
     mask = mask.unflatten(1, grid)
-    cells = frames.shape[-1] // model.cell
-    frames = common.enlarge(frames * loader.std + loader.mean, max(224, 16 * cells))  # to see strokes
+    width = max(224, 16 * frames.shape[-1] // model.cell)  # a cell of 16 pixels has room for strokes
+    frames = common.enlarge(frames * loader.std + loader.mean, width)
     is_masked = F.interpolate(mask[:, None].float(), frames.shape[-2:]) > 0
     pictures = {"input": frames, "visible patches": torch.where(is_masked, 0.5, frames)}
     name = TARGETS[model.target]
@@ -459,7 +459,8 @@ def save_picture(model: MaskFeat, samples: data.Samples, loader: data.Loader, co
         pictures[f"predicted {name}"] = torch.stack([draw_hog(*x, model) for x in zip(frames, pred, mask)])
     else:
         for title, values in ((name, targets), (f"predicted {name}", pred)):
-            pictures[title] = common.enlarge(0.5 + 0.2 * unpatchify(values, model.patch_size, grid))
+            values = 0.5 + 0.2 * unpatchify(values, model.patch_size, grid)
+            pictures[title] = common.enlarge(values, width)
     for title in list(pictures)[2:]:
         pictures[title] = common.outline(pictures[title], mask)
     what = f"{name} of {'these images' if config.frames == 1 else 'this clip'}"

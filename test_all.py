@@ -1763,6 +1763,8 @@ def test_equal_blocks_share_a_graph_for_all_lengths(checkpointing, monkeypatch):
         lengths.add(tuple(indices.shape[1] for indices in masks[0] + masks[1]))
         with torch.compiler.set_stance("default" if step < 2 else "fail_on_recompile"):
             net(torch.randn(4, 3, 4, 32, 32), *masks).backward()
+    with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):  # an evaluation needs no more graphs
+        vjepa.masked_predictions(model, contextlib.nullcontext())(torch.randn(1, 3, 4, 32, 32), None, *tiny_masks(1))
     assert len(lengths) > 4 and 3 <= len(graphs) <= 5  # of both encoders and the predictor, some twice
 
 

@@ -325,7 +325,7 @@ def mean_tokens(encoder: ViT, autocast: torch.autocast) -> Callable:
 def masked_predictions(model: VJEPA, autocast: torch.autocast) -> Callable:
     """A function of a batch -> predictions as in `data`, one for each of the masks."""
     def predict(clips, _, visible, masked):
-        with autocast:
+        with autocast, torch.compiler.set_stance("force_eager"):  # not more graphs for other batches
             targets, preds = model.targets(clips), model.predict(clips, visible, masked)
         predictions = []
         for pred, v, m in zip(preds, visible, masked):
