@@ -650,7 +650,7 @@ DEMO_RUN = dict(log_every=20, save_every=300)
 PRETRAIN_PRESETS = {
     "huge": dict(patch_size=14),
     "demo": DEMO_ENCODER | DEMO_DECODER | DEMO_RUN | dict(
-        epochs=7.5, batch_size=64, base_lr=8e-3, evaluate_every=500, evaluate_samples=400)}
+        norm_pix_loss=False, epochs=12, batch_size=64, base_lr=8e-3, evaluate_every=500, evaluate_samples=400)}
 FINETUNE_PRESETS = {
     "large": dict(epochs=50, base_lr=1e-3, warmup=0.1, layer_decay=0.75, drop_path=0.2),
     "huge": dict(patch_size=14, epochs=50, base_lr=1e-3, warmup=0.1, layer_decay=0.75, drop_path=0.3),

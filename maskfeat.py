@@ -509,12 +509,12 @@ def show(config: Show) -> None:
 DEMO_RUN = dict(log_every=20, save_every=300)
 SHOW_PRESETS = {
     "video": dict(tubelet=2, masking="cube"),
-    "demo": dict(size="nano", image_size=64, patch_size=8, masking="random", mask_ratio=0.75),
+    "demo": dict(size="nano", image_size=64, patch_size=8, masking="random", mask_ratio=0.4),
     "demo_video": dict(image_size=48, patch_size=16, tubelet=2, masking="tube", mask_ratio=0.6)}
 PRETRAIN_PRESETS = {
     "video": SHOW_PRESETS["video"] | dict(batch_size=512, base_lr=8e-4, warmup=10 / 300),
     "demo": SHOW_PRESETS["demo"] | DEMO_RUN | dict(
-        epochs=8.5, batch_size=16, base_lr=1.6e-2, warmup=0.05, evaluate_every=500, evaluate_samples=400),
+        epochs=5.3, batch_size=16, base_lr=1.6e-2, warmup=0.05, evaluate_every=500, evaluate_samples=400),
     "demo_video": SHOW_PRESETS["demo_video"] | dict(epochs=4.8, batch_size=32, base_lr=1.2e-2)}
 FINETUNE_PRESETS = {
     "large": dict(epochs=50, batch_size=1024, warmup=0.1, layer_decay=0.75),

@@ -656,7 +656,7 @@ DEMO_MASKING = dict(masking="tube", mask_ratio=0.5, context_frames=4)
 DEMO_RUN = dict(log_every=20, save_every=300)
 PRETRAIN_PRESETS = {
     "demo": DEMO_ENCODER | DEMO_MASKING | DEMO_RUN | dict(
-        predictor_dim=64, predictor_depth=3, steps=3000, batch_size=16, base_lr=1.6e-2, start_lr=0.0,
+        predictor_dim=64, predictor_depth=3, steps=2200, batch_size=16, base_lr=1.6e-2, start_lr=0.0,
         warmup=0.1, final_weight_decay=0.04, momentum=0.996, evaluate_every=500, evaluate_samples=400)}
 PROBE_PRESETS = {
     "demo": DEMO_ENCODER | DEMO_RUN | dict(
