@@ -3433,9 +3433,14 @@ def test_a_large_file_is_no_list(tmp_path):
 # They need timm, fvcore, iopath, simplejson, psutil, einops, pandas and PyYAML. What else they import and is not there,
 # such as pytorchvideo and torch._six, is replaced by mocks: nothing of it is used here.
 
+# PUBLISHED=DIR PUBLISHED_STEPS=300 pytest -q test_all.py -k "published_code and (training or table)"
+# trains for 300 steps instead of 20, and draws the losses of both in parity.png, which needs matplotlib (6 minutes).
+
 PUBLISHED = os.environ.get("PUBLISHED")
+STEPS = int(os.environ.get("PUBLISHED_STEPS", 20))  # of training: a multiple of 20
 NEEDS = {"mae": ["timm"], "SatMAE": ["timm"], "jepa": ["yaml"], "SlowFast": ["fvcore", "iopath", "simplejson"]}
 DIFFERENCES = {}  # of what: {part: the largest difference}
+LOSSES = {}  # of a method: (ours, theirs) at each step
 
 
 @pytest.fixture
@@ -3735,6 +3740,7 @@ def test_published_code_of_vjepa_masks(published_code):
 
 def recorded_run(monkeypatch, method, *words):
     """Pre-train by our command line: (config, batches, losses of each step, weights at the end)."""
+    words = [*words, "--steps", STEPS, "--evaluate-samples", 8]
     config, batches, train = parsed(monkeypatch, method, *words)[1], [], data.Loader.train
 
     def recorded(*arguments):
@@ -3747,12 +3753,19 @@ def recorded_run(monkeypatch, method, *words):
     return config, batches, losses(config.out), common.read_checkpoint(Path(config.out, "last.pt"))["model"]
 
 
-def note_training(what, our_losses, their_losses, our_weights, their_weights):
+def note_training(method, our_losses, their_losses, our_weights, their_weights):
     """The bias of keys adds the same to all products with a query, so that softmax takes it out again: its gradient
     is zero but for rounding, of which AdamW makes steps of up to the learning rate.
+
+    Over more than 20 steps only losses are compared. V-JEPA's limit is wider: after 300 steps two runs of ours differ
+    by 1.4e-4 if one weight starts with another last bit. In float64 both codes agree to 1e-12.
     """
-    assert len(our_losses) == len(their_losses) == 20 and our_weights.keys() == their_weights.keys()
-    note(what, loss=max(abs(a / b - 1) for a, b in zip(our_losses, their_losses)))
+    assert len(our_losses) == len(their_losses) == STEPS and our_weights.keys() == their_weights.keys()
+    what, LOSSES[method] = f"{method}, {STEPS} steps", (our_losses, their_losses)
+    limit = 1e-2 if method == "V-JEPA" and STEPS > 20 else 1e-5
+    note(what, limit, loss=max(abs(a / b - 1) for a, b in zip(our_losses, their_losses)))
+    if STEPS > 20:
+        return
     for name, weight in our_weights.items():
         pairs = list(zip(weight.chunk(3), their_weights[name].chunk(3)))
         if name.endswith("attn.qkv.bias"):
@@ -3769,10 +3782,10 @@ def assert_loads(model, file, new, weights):
         assert len(names) > 40 and all(torch.equal(loaded[name], wanted[name]) for name in names)
 
 
-def test_published_code_of_mae_training(folder, tmp_path, monkeypatch, no_probe, published_code):
+def test_published_code_of_mae_training(tmp_path, monkeypatch, no_probe, published_code):
     models_mae, engine, misc = published_code("mae", "models_mae", "engine_pretrain", "util.misc")
     config, batches, our_losses, weights = recorded_run(
-        monkeypatch, mae, "--data", folder, "--out", tmp_path, *TINY_FLAGS, "--steps", 20, "--warmup", 0.25)
+        monkeypatch, mae, "--out", tmp_path, *TINY_FLAGS, "--warmup", 0.25)
     theirs = models_mae.MaskedAutoencoderViT(32, 8, 3, 128, 4, 4, 32, 1, 2, norm_pix_loss=True,
                                              norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6))
     theirs.load_state_dict(mae.new_model(config).state_dict())
@@ -3790,9 +3803,9 @@ def test_published_code_of_mae_training(folder, tmp_path, monkeypatch, no_probe,
     optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.95))
     scaler = misc.NativeScalerWithGradNormCount()
     for epoch in (0, 1):
-        loader = [(images, None) for images, *_ in batches[10 * epoch:10 * epoch + 10]]
+        loader = [(images, None) for images, *_ in batches[epoch * STEPS // 2:][:STEPS // 2]]
         engine.train_one_epoch(theirs, loader, optimizer, torch.device("cpu"), epoch, scaler, args=arguments)
-    note_training("MAE, 20 steps", our_losses, their_losses, weights, theirs.state_dict())
+    note_training("MAE", our_losses, their_losses, weights, theirs.state_dict())
 
     misc.save_model(arguments, 1, theirs, theirs, optimizer, scaler)
     assert_loads(mae.new_model(config), tmp_path / "checkpoint-1.pth", ("decoder_", "mask_token"), theirs.state_dict())
@@ -3800,13 +3813,13 @@ def test_published_code_of_mae_training(folder, tmp_path, monkeypatch, no_probe,
     assert all(torch.equal(weight, weights[name]) for name, weight in theirs.state_dict().items())
 
 
-def test_published_code_of_maskfeat_training(folder, tmp_path, monkeypatch, no_probe, published_code):
+def test_published_code_of_maskfeat_training(tmp_path, monkeypatch, no_probe, published_code):
     defaults, masked_model, optim, checkpoint, train_net = published_code(
         "SlowFast", "slowfast.config.defaults", "slowfast.models.masked", "slowfast.models.optimizer",
         "slowfast.utils.checkpoint", "tools.train_net")
     flags = [*MASKFEAT_FLAGS, "--image-size", 64, "--patch-size", 16, "--clip-grad", 0.02]
     config, batches, our_losses, weights = recorded_run(
-        monkeypatch, maskfeat, "--data", folder, "--out", tmp_path, *flags, "--steps", 20, "--warmup", 0.25)
+        monkeypatch, maskfeat, "--out", tmp_path, *flags, "--warmup", 0.25)
     theirs = masked_model.MaskMViT(slowfast_config(
         defaults, DATA__TRAIN_CROP_SIZE=64, DATA__TEST_CROP_SIZE=64, MVIT__EMBED_DIM=128, MVIT__NUM_HEADS=4,
         MVIT__DEPTH=4, MASK__PRETRAIN_DEPTH=[3], SOLVER__BASE_LR=config.base_lr * 8 / 256, SOLVER__MAX_EPOCH=2,
@@ -3818,29 +3831,30 @@ def test_published_code_of_maskfeat_training(folder, tmp_path, monkeypatch, no_p
     optimizer, meter = optim.construct_optimizer(theirs, theirs.cfg), MagicMock()
     for epoch in (0, 1):
         loader = [([pixels, None, mask_of(masked, 16).view(8, 4, 4)], torch.zeros(8), None, None, {})
-                  for pixels, _, _, masked in batches[10 * epoch:10 * epoch + 10]]
+                  for pixels, _, _, masked in batches[epoch * STEPS // 2:][:STEPS // 2]]
         train_net.train_epoch(loader, theirs, optimizer, torch.amp.GradScaler("cpu", enabled=False), meter, epoch,
                               theirs.cfg)
     their_losses = [call.args[2] for call in meter.update_stats.call_args_list]
-    note_training("MaskFeat, 20 steps", our_losses, their_losses, weights, our_names(theirs))
+    note_training("MaskFeat", our_losses, their_losses, weights, our_names(theirs))
     file = checkpoint.save_checkpoint(str(tmp_path), theirs, optimizer, 1, theirs.cfg)
     assert_loads(maskfeat.new_model(config), file, ("pred_head.", "mask_token"), our_names(theirs))
 
 
-def test_published_code_of_vjepa_training(videos, tmp_path, monkeypatch, no_probe, published_code):
+def test_published_code_of_vjepa_training(tmp_path, monkeypatch, no_probe, published_code):
     train, = published_code("jepa", "app.vjepa.train")
     flags = [*VJEPA_FLAGS, "--frames", 16, "--frame-stride", 1, "--context-frames", 16]
     # There the clipping begins an epoch, here of one step, after the warm-up.
     config, batches, our_losses, weights = recorded_run(
-        monkeypatch, vjepa, "--data", videos, "--out", tmp_path, *flags, "--steps", 20, "--warmup", 0.2 + 1e-12,
-        "--clip-grad", 0.05, "--start-lr", 0.32, "--final-weight-decay", 0.4)
+        monkeypatch, vjepa, "--out", tmp_path, *flags, "--warmup", 0.2 + 1e-12, "--clip-grad", 0.05,
+        "--start-lr", 0.32, "--final-weight-decay", 0.4)
     ours, peak_lr = vjepa.new_model(config), config.base_lr * 8 / 256
     arguments = jepa_config()
     arguments["data"] |= dict(batch_size=8, num_frames=16, crop_size=32, patch_size=8)
     arguments["logging"]["folder"], arguments["meta"]["dtype"] = str(tmp_path), "float32"
     arguments["model"] |= dict(model_name="nano", pred_depth=1, pred_embed_dim=32)
-    arguments["optimization"] |= dict(ipe=1, epochs=20, warmup=4, clip_grad=0.05, lr=peak_lr, start_lr=0.32 * peak_lr,
-                                      final_lr=config.min_lr, ema=[config.momentum, config.final_momentum])
+    arguments["optimization"] |= dict(
+        ipe=1, epochs=STEPS, warmup=STEPS // 5, clip_grad=0.05, lr=peak_lr, start_lr=0.32 * peak_lr,
+        final_lr=config.min_lr, ema=[config.momentum, config.final_momentum])
 
     def with_our_weights(*arguments, **named):
         models = make_models(*arguments, **named)
@@ -3866,8 +3880,24 @@ def test_published_code_of_vjepa_training(videos, tmp_path, monkeypatch, no_prob
     train.main(arguments)
     file = tmp_path / "jepa-latest.pth.tar"
     theirs = common.read_weights(file)[0]
-    note_training("V-JEPA, 20 steps", our_losses, [values[0] for values in steps], weights, theirs)
+    note_training("V-JEPA", our_losses, [values[0] for values in steps], weights, theirs)
     assert_loads(vjepa.new_model(config), file, ("predictor.",), theirs)
+
+
+def draw_parity():
+    """The losses of both codes, one over the other, and below them their relative difference."""
+    matplotlib = pytest.importorskip("matplotlib.figure", reason="parity.png needs matplotlib")
+    figure = matplotlib.Figure((9, 4), layout="constrained")
+    axes = figure.subplots(2, len(LOSSES), sharex=True, squeeze=False, height_ratios=[2, 1])
+    for method, (upper, lower) in zip(LOSSES, axes.T):
+        ours, theirs = LOSSES[method]
+        upper.plot(ours, "orange", linewidth=3, label="this code")
+        upper.plot(theirs, "b--", linewidth=0.8, label="published code")
+        upper.set(title=method, ylabel="loss", ylim=0)
+        lower.plot([abs(a / b - 1) for a, b in zip(ours, theirs)], "k.", markersize=2)
+        lower.set(xlabel="step", ylabel="relative\ndifference", yscale="log", ylim=(1e-8, 1e-2))
+    axes[0, 0].legend()
+    figure.savefig("parity.png", dpi=150)
 
 
 def test_published_code_table(capsys):
@@ -3878,3 +3908,5 @@ def test_published_code_table(capsys):
         for what, parts in DIFFERENCES.items():
             print(f"\npublished code: {what}: " + ", ".join(f"{name} {x:.2g}" for name, x in parts.items()), end="")
         print()
+    if STEPS > 20:
+        draw_parity()
