@@ -3785,7 +3785,7 @@ def assert_loads(model, file, new, weights):
 def test_published_code_of_mae_training(tmp_path, monkeypatch, no_probe, published_code):
     models_mae, engine, misc = published_code("mae", "models_mae", "engine_pretrain", "util.misc")
     config, batches, our_losses, weights = recorded_run(
-        monkeypatch, mae, "--out", tmp_path, *TINY_FLAGS, "--warmup", 0.25)
+        monkeypatch, mae, "--out", tmp_path, *TINY_FLAGS, "--norm-pix-loss", "--warmup", 0.25)
     theirs = models_mae.MaskedAutoencoderViT(32, 8, 3, 128, 4, 4, 32, 1, 2, norm_pix_loss=True,
                                              norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6))
     theirs.load_state_dict(mae.new_model(config).state_dict())
