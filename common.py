@@ -612,7 +612,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 
 class Plan(NamedTuple):
-    """What a config leaves to the data: normalization, and the training's length in steps."""
+    """What a config leaves to data and GPU: normalization, length in steps, micro-batches."""
     mean: list[float]
     std: list[float]
     steps: int
@@ -633,10 +633,11 @@ def plan_micro_batches(config, plan: Plan, model: nn.Module, loader, samples, au
     """
     if config.accumulate or loader.device.type != "cuda":
         return plan
-    total, world_size = torch.cuda.mem_get_info()[1], get_world_size()
+    (free, total), world_size = torch.cuda.mem_get_info(), get_world_size()
     size = config.batch_size // world_size
-    largest = min(largest or size, size)
-    sizes = [n for n in range(largest, 0, -1) if size % n == 0]
+    has_batch_norm = any(isinstance(module, nn.BatchNorm1d) for module in model.modules())
+    smallest = 2 if has_batch_norm else 1  # whose statistics need two samples
+    sizes = [n for n in range(min(largest or size, size), smallest - 1, -1) if size % n == 0]
     for checkpointing in [True] if config.checkpointing else [False, True]:
         for module in model.modules():
             if isinstance(module, Block):
@@ -652,13 +653,14 @@ def plan_micro_batches(config, plan: Plan, model: nn.Module, loader, samples, au
             parts = f"in {accumulate} micro-batches of {micro_batch}" if accumulate > 1 else "at once"
             gpus = "1 GPU" if world_size == 1 else f"each of {world_size} GPUs"
             advice = ""
-            if micro_batch < largest < size:
-                advice = f"; with --checkpointing up to {largest}, as published, may fit"
+            if micro_batch < sizes[0] < size and not checkpointing:
+                advice = f"; with --checkpointing up to {sizes[0]}, as published, may fit"
             print_once(f"batch of {config.batch_size:,} {parts} on {gpus}, {peak / 2 ** 30:.1f} of "
                        f"{total / 2 ** 30:.1f} GiB{advice}")
             return plan._replace(accumulate=accumulate)
-    raise UserError("not even one sample fits into the GPU's memory, with --checkpointing either: "
-                    "use a smaller --size or --image-size")
+    raise UserError(f"not even one sample fits into the GPU's memory, of which {free / 2 ** 30:.1f} of "
+                    f"{total / 2 ** 30:.1f} GiB are free, with --checkpointing either: use a smaller "
+                    "--size or --image-size")
 
 
 def try_micro_batch(model: nn.Module, loader, samples, autocast, size: int, margin: int) -> int | None:
@@ -667,6 +669,8 @@ def try_micro_batch(model: nn.Module, loader, samples, autocast, size: int, marg
     torch.cuda.reset_peak_memory_stats()
     with torch.random.fork_rng([torch.cuda.current_device()]):
         fits = fits_in_memory(model, loader, samples, autocast, size, margin)
+    # On Windows a driver may give more than there is, and swap.
+    fits = fits and torch.cuda.max_memory_allocated() <= torch.cuda.mem_get_info()[1]
     model.zero_grad(set_to_none=True)
     for buffer, before in zip(model.buffers(), buffers):  # BatchNorm's statistics
         buffer.copy_(before)
@@ -683,6 +687,12 @@ def fits_in_memory(model: nn.Module, loader, samples, autocast, size: int, margi
         device = next(model.parameters()).device
         reserved = torch.empty(margin + state, dtype=torch.uint8, device=device)
         pixels, _, *inputs = next(loader.random_batches(samples, size, 1))
+        if inputs and isinstance(inputs[-1], list):  # V-JEPA: steps differ, so take the largest of 100
+            draws = []
+            for step in range(100):
+                masks = [samples.draw_mask(step * 10 ** 6 + i) for i in range(size)]
+                draws.append(loader.to_indices(torch.stack(masks)))
+            inputs[-2:] = max(draws, key=lambda draw: sum(visible.shape[1] for visible in draw[0]))
         with autocast:  # inputs: [stamps, visible, masked]; forward has the stamps last
             output = model(pixels, *inputs[-2:], *inputs[:-2])
         output = output[0] if isinstance(output, tuple) else output  # the loss, or logits
@@ -690,6 +700,10 @@ def fits_in_memory(model: nn.Module, loader, samples, autocast, size: int, margi
         del reserved
     except torch.OutOfMemoryError:
         return False
+    except RuntimeError as error:  # cuBLAS and the driver have errors of their own
+        if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
+            return False
+        raise
     return True
 
 
@@ -701,6 +715,7 @@ class Checkpoints:
 
     def __init__(self, config, plan: Plan, model, optimizer, scaler, classes: list | None = None):
         self.config, self.steps, self.out = config, plan.steps, Path(config.out)
+        self.accumulate = plan.accumulate
         self.model, self.optimizer, self.scaler, self.classes = model, optimizer, scaler, classes
         self.settings = config.settings()
         self.settings |= {"steps": plan.steps, "mean": plan.mean, "std": plan.std}
@@ -722,10 +737,14 @@ class Checkpoints:
             if content["scaler"]:  # empty unless the run is in fp16
                 self.scaler.load_state_dict(content["scaler"])
             step, self.best, self.score = content["step"], content["best"], content["score"]
-            before = content["world_size"]
-            if before != get_world_size() and get_rank() == 0:
-                print(f"so far {before} processes made this run, now {get_world_size()}: sums round, "
-                      "and drop path, MixUp and CutMix are drawn, differently", file=sys.stderr)
+            before, now = content["world_size"], get_world_size()
+            parts = content.get("accumulate", self.accumulate)
+            if before != now:
+                print_once(f"so far {before} processes made this run, now {now}: sums round, and "
+                           "drop path, MixUp and CutMix are drawn, differently")
+            elif parts != self.accumulate:
+                print_once(f"so far in {parts} micro-batches a step, now in {self.accumulate}: sums "
+                           "round differently")
         self.out.mkdir(parents=True, exist_ok=True)
         if all_reduce(torch.tensor(step)) != step * get_world_size():
             raise UserError(f"processes see different {self.out}/last.pt: put --out on a shared disk")
@@ -807,7 +826,7 @@ class Checkpoints:
                             "lower --base-lr")
         content = {"settings": self.settings, "classes": self.classes, "step": step,
                    "best": self.best, "score": self.score, "world_size": get_world_size(),
-                   "model": weights,
+                   "accumulate": self.accumulate, "model": weights,
                    "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         write_atomically(self.out / name, lambda file: torch.save(content, file))
 
@@ -1007,7 +1026,7 @@ def benchmark_steps(config, plan: Plan, device: torch.device, unit: str = "image
             "peak_memory_gib": round(memory / 2 ** 30, 2), "precision": precision,
             "compile": cuda if config.compile is None else config.compile,
             "world_size": get_world_size()}))
-    print_once(estimate(seconds, plan.steps, plan.steps))
+    print_once("the whole run, without loading data: " + estimate(seconds, plan.steps, plan.steps))
 
 
 def enlarge(pictures: Tensor, width: int = 224) -> Tensor:
@@ -1097,7 +1116,7 @@ class Training(Task):
     base_lr: float = 1e-3  # learning rate per 256 samples of a batch
     warmup: Fraction = 0.0  # warm-up, as a fraction of the steps
     clip_grad: float | None = None  # maximum gradient norm (default: no limit)
-    accumulate: int | None = None  # micro-batches of a step on each GPU (default: auto, as few as fit)
+    accumulate: int | None = None  # micro-batches of a step on each GPU (default: auto, on CUDA as few as fit, else 1)
     checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     compile: bool | None = None  # torch.compile (default: on CUDA)
     fresh: bool = False  # start over instead of resuming the run in --out
@@ -1123,8 +1142,8 @@ class Training(Task):
 @dataclass(frozen=True, kw_only=True)
 class Pretraining(Training):
     """The fields of every pre-training."""
-    evaluate_every: int = 1000  # steps between two evaluations of the features
-    evaluate_samples: int = 1024  # samples of such an evaluation
+    evaluate_every: int = 1000  # steps between two evaluations of features and predictions
+    evaluate_samples: int = 1024  # samples of such an evaluation (of predictions: up to 256)
     benchmark: int | None = None  # training steps on random tensors that are only timed
 
 
@@ -1210,6 +1229,7 @@ def add_flags(parser, config_class: type, presets: dict, docs: dict[str, str]) -
             parse = parse_image_size if kind == ImageSize else kind
             if type(None) in typing.get_args(hints[field.name]) and kind is not str:
                 parse = functools.partial(parse_or_none, parse)
+                parse.__name__ = kind.__name__  # for the error
             options = {"type": parse, "metavar": name.upper()}
         values = {"default": field.default} | {k: x[name] for k, x in presets.items() if name in x}
         shown = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"

@@ -2160,7 +2160,7 @@ def test_processes_and_accumulation_do_not_change_the_run(task, of_task, tmp_pat
 def limit_memory(samples, checkpointed=0, set_attribute=setattr):
     """A GPU, as far as the search for micro-batches asks for it, with memory for so many samples: the sizes tried."""
     tried, fits, plan = [], common.fits_in_memory, common.plan_micro_batches
-    for name, value in {"mem_get_info": (0, 2 ** 20), "max_memory_allocated": 2 ** 19, "current_device": 0,
+    for name, value in {"mem_get_info": (2 ** 20, 2 ** 20), "max_memory_allocated": 2 ** 19, "current_device": 0,
                         "reset_peak_memory_stats": None, "empty_cache": None}.items():
         set_attribute(torch.cuda, name, lambda *_, value=value: value)
     fork, backward = torch.random.fork_rng, torch.Tensor.backward
@@ -2180,7 +2180,8 @@ def limit_memory(samples, checkpointed=0, set_attribute=setattr):
         return found
 
     def on_a_gpu(config, before, model, loader, *others, **options):
-        gpu = argparse.Namespace(device=argparse.Namespace(type="cuda"), random_batches=loader.random_batches)
+        gpu = argparse.Namespace(device=argparse.Namespace(type="cuda"), random_batches=loader.random_batches,
+                                 to_indices=loader.to_indices)
         return plan(config, before, model, gpu, *others, **options)
     set_attribute(common, "fits_in_memory", limited)
     set_attribute(common, "plan_micro_batches", on_a_gpu)
