@@ -3523,10 +3523,12 @@ def our_names(theirs):
 
 @contextlib.contextmanager
 def unfilled():
-    """Models are made without random weights, which takes long: `fill` follows."""
+    """Models are made of zeros, since random weights take long: `fill` follows. (Left as they are, those of a normal
+    distribution that PyTorch truncates may be drawn for ever: it repeats until all are within the limits.)
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name in ("uniform_", "normal_", "erfinv_"):
-            patch.setattr(torch.Tensor, name, lambda tensor, *_, **__: tensor)
+            patch.setattr(torch.Tensor, name, lambda tensor, *_, **__: tensor.zero_())
         yield
 
 
