@@ -3774,7 +3774,7 @@ def note_training(method, our_losses, their_losses, our_weights, their_weights):
         pairs = list(zip(weight.chunk(3), their_weights[name].chunk(3)))
         if name.endswith("attn.qkv.bias"):
             note(what, 1e-3, keys=difference(*pairs.pop(1)))
-        note(what, 1e-6, weights=max(difference(*pair) for pair in pairs))
+        note(what, 2e-6, weights=max(difference(*pair) for pair in pairs))  # weights near 1, in float32
 
 
 def assert_loads(model, file, new, weights):
