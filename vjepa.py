@@ -603,20 +603,21 @@ def save_picture(model: VJEPA, samples: data.Samples, loader: data.Loader, confi
     caption = data.describe_variance_left(metrics, f"{name} of this clip")
     if not with_predictor:
         caption = "no predictions, since the checkpoint has no predictor"
-    targets, *preds = pca_colors(predictions[0][1][0], *(pred[0] for pred, *_ in predictions))  # (L, 3)
+    predictions = [[x[0].cpu() for x in prediction] for prediction in predictions]
+    targets, *preds = pca_colors(predictions[0][1], *(pred for pred, *_ in predictions))  # (L, 3)
 
     times = data.evenly_spaced(model.grid[0], 8)
     frames = batch[0][0, :, ::config.tubelet].transpose(0, 1)[times]  # (times, C, H, W)
     frames = common.enlarge(frames * loader.std + loader.mean)
 
     def by_time(x):  # (L, C) -> (times, C, H, W)
-        x = x.float().cpu().unflatten(0, model.grid)[times].movedim(3, 1)
+        x = x.float().unflatten(0, model.grid)[times].movedim(3, 1)
         return F.interpolate(x, frames.shape[-2:])
 
     pictures = {"frames": frames}
     for kind, (pred, (_, _, visible, masked)) in enumerate(zip(preds, predictions), 1):
         number = f" {kind}" if len(preds) > 1 else ""
-        visible, masked = visible[0, :, None], masked[0, :, None]  # (L, 1)
+        visible, masked = visible[:, None], masked[:, None]  # (L, 1)
         outlined = functools.partial(common.outline, mask=masked.unflatten(0, model.grid)[times, ..., 0])
         pictures[f"context{number}"] = torch.where(by_time(visible) > 0, frames, 0.5)
         pictures[f"target {name}{number}"] = outlined(by_time(targets))
