@@ -2220,6 +2220,23 @@ def test_micro_batches_of_little_memory(folder, videos, tmp_path, monkeypatch, c
         main(monkeypatch, *flags, "--steps", 1, "--out", tmp_path / "none")
 
 
+def test_the_trial_of_a_micro_batch_is_no_lighter_than_training(monkeypatch):
+    """A margin and AdamW's state are reserved beside it, and V-JEPA's masks are the largest of many."""
+    config, model = mask_config(), tiny_vjepa()
+    draw = functools.partial(vjepa.draw_masks, config, model.grid)
+    view = v2.Compose([data.CenterCrop(32), functools.partial(data.single_clip, frames=4)])
+    samples, loader = data.Samples(data.Clips(True, 4), view, 0, draw), cpu_loader()
+    empty, forward, reserved, lengths = torch.empty, model.forward, [], []
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: reserved.append(size[0]) or empty(*size, **options))
+    monkeypatch.setattr(model, "forward", lambda clips, visible, masked: lengths.append(
+        sum(indices.shape[1] for indices in visible)) or forward(clips, visible, masked))
+    assert common.fits_in_memory(model, loader, samples, contextlib.nullcontext(), 4, 1000)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert 1000 + 2 * trained in reserved
+    drawn = [sum(indices.shape[1] for indices in tiny_masks(4, step=step)[0]) for step in range(30)]
+    assert lengths[0] >= np.quantile(drawn, 0.9) > np.mean(drawn)
+
+
 def test_processes_agree_on_the_micro_batches(folder, tmp_path):
     """Though one of them has less memory."""
     script = tmp_path / "unequal.py"
