@@ -162,7 +162,7 @@ class Block(nn.Module):
         self.checkpointing = False  # True: recompute activations in the backward pass
 
     def drop_path(self, x: Tensor) -> Tensor:
-        """Drop a branch (B, N, D) of whole samples, and scale it up for the others."""
+        """Zero the branch (B, N, D) for random samples, and divide the others by their probability."""
         if self.drop_path_rate == 0 or not self.training:
             return x
         return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop_path_rate)
@@ -642,7 +642,7 @@ def plan_micro_batches(config, plan: Plan, model: nn.Module, loader, samples, au
         for module in model.modules():
             if isinstance(module, Block):
                 module.checkpointing = checkpointing
-        if checkpointing > config.checkpointing:
+        if checkpointing and not config.checkpointing:
             print_once("not even one sample fits into memory: as with --checkpointing, activations "
                        "are now recomputed in the backward pass")
         for micro_batch in sizes:
@@ -688,13 +688,16 @@ def fits_in_memory(model: nn.Module, loader, samples, autocast, size: int, margi
         reserved = torch.empty(margin + state, dtype=torch.uint8, device=device)
         pixels, _, *inputs = next(loader.random_batches(samples, size, 1))
         if inputs and isinstance(inputs[-1], list):  # V-JEPA: steps differ, so take the largest of 100
-            draws = []
-            for step in range(100):
+            candidates = []
+            for step in range(100):  # far apart, since a batch shares its block sizes
                 masks = [samples.draw_mask(step * 10 ** 6 + i) for i in range(size)]
-                draws.append(loader.to_indices(torch.stack(masks)))
-            inputs[-2:] = max(draws, key=lambda draw: sum(visible.shape[1] for visible in draw[0]))
-        with autocast:  # inputs: [stamps, visible, masked]; forward has the stamps last
-            output = model(pixels, *inputs[-2:], *inputs[:-2])
+                candidates.append(loader.to_indices(torch.stack(masks)))
+            inputs[-2:] = max(candidates, key=lambda x: sum(visible.shape[1] for visible in x[0]))
+        if samples.draw_mask:
+            *stamps, visible, masked = inputs
+            inputs = [visible, masked, *stamps]  # the order of `forward`
+        with autocast:
+            output = model(pixels, *inputs)
         output = output[0] if isinstance(output, tuple) else output  # the loss, or logits
         output.float().mean().backward()
         del reserved
@@ -966,13 +969,14 @@ class StopSignals:
         return int(all_reduce(torch.tensor(self.number), dist.ReduceOp.MAX))  # on the CPU: no wait
 
 
-def estimate(seconds: float, steps: int, left: int) -> str:
-    """A sentence on when a run ends, from seconds a step, steps in all and those that are left."""
-    end = datetime.datetime.now() + datetime.timedelta(seconds=seconds * left)
-    hours = seconds * left / 3600
+def estimate(seconds: float, steps: int, remaining: int) -> str:
+    """A sentence on when a run ends, from seconds a step, steps in all and remaining ones."""
+    end = datetime.datetime.now() + datetime.timedelta(seconds=seconds * remaining)
+    hours = seconds * remaining / 3600
     duration = f"{hours * 60:.0f} minutes" if hours < 2 else f"{hours:,.0f} hours"
-    return (f"{seconds:.2g} s a step, {left:,} of {steps:,} steps are left: {duration}, until "
-            f"{end:%A %H:%M}" + f" {end:%d %B %Y}" * (hours > 6 * 24))
+    day = f"{end:%A %H:%M}" if hours < 6 * 24 else f"{end:%A %H:%M, %d %B %Y}"
+    return (f"{seconds:.2g} s a step, {remaining:,} of {steps:,} steps are left: {duration}, until "
+            f"{day}")
 
 
 WARMUP_STEPS = 5  # of a benchmark
@@ -1049,19 +1053,19 @@ def save_pictures(pictures: dict[str, Tensor], path: Path, caption: str,
     """Draw {title: pictures (N, C, H, W) in [0, 1]}, each a column or a row, over a caption."""
     tiles = torch.stack([enlarge(x) for x in pictures.values()], dim=0 if in_rows else 1)
     grid = make_grid(tiles.flatten(0, 1), tiles.shape[1], padding=4, pad_value=1.0)
-    (rows, columns), (height, width) = grid.shape[1:], (side + 4 for side in tiles.shape[-2:])
-    size = max(14, columns // 50)  # of letters, which are half as wide
-    left, top = (7 * size, 0) if in_rows else (0, 3 * size)  # for titles of two lines
-    caption = textwrap.fill(caption, int((left + columns) / (0.48 * size)))
-    bottom = int(1.3 * size * (1 + caption.count("\n"))) + 8
-    sheet = Image.new("RGB", (left + columns, top + rows + bottom), "white")
+    (sheet_height, sheet_width), (height, width) = grid.shape[1:], (side + 4 for side in tiles.shape[-2:])
+    font_size = max(14, sheet_width // 50)  # of letters, which are half as wide
+    left, top = (7 * font_size, 0) if in_rows else (0, 3 * font_size)  # for titles of two lines
+    caption = textwrap.fill(caption, int((left + sheet_width) / (0.48 * font_size)))
+    bottom = int(1.3 * font_size * (1 + caption.count("\n"))) + 8
+    sheet = Image.new("RGB", (left + sheet_width, top + sheet_height + bottom), "white")
     sheet.paste(to_pil_image((255 * grid).round().byte()), (left, top))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(font_size)
     for i, title in enumerate(pictures):
         x, y, anchor = (4, (i + 0.5) * height, "lm") if in_rows else ((i + 0.5) * width, top / 2, "mm")
-        title = textwrap.fill(title, int((left or width) / (0.48 * size)))
+        title = textwrap.fill(title, int((left or width) / (0.48 * font_size)))
         draw.text((x, y), title, "black", font, anchor, align="left" if in_rows else "center")
-    draw.text((4, top + rows), caption, "black", font)
+    draw.text((4, top + sheet_height), caption, "black", font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     print(f"picture {path}")

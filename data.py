@@ -1179,7 +1179,7 @@ def print_probes(encoders: dict[str, Callable], train: Samples, val: Samples, lo
 
 def trivial_predictions(targets: Tensor, visible: Tensor,
                         grid: tuple[int, ...]) -> dict[str, Tensor]:
-    """What the targets (B, L, K) at visible (B, L) tokens say of all without learning.
+    """Predictions of every token from the targets (B, L, K) of the visible (B, L) ones, unlearned.
 
     neighbors: a Gaussian average over the grid ([times,] rows, columns), of a std of one token; the
     mean of all visible ones is added with the weight of one at no distance. Other stds (0.7 to 2) and
@@ -1204,7 +1204,7 @@ def trivial_predictions(targets: Tensor, visible: Tensor,
 
 def variance_left(batches: Iterable[list[tuple]], grid: tuple[int, ...],
                   reduce: Callable = lambda x: x) -> dict[str, float]:
-    """Squared error at the masked tokens over the variance of the targets there, whose mean leaves 1.
+    """Fraction of the targets' variance at masked tokens that is not explained; their mean leaves 1.
 
     Of the predictions of all batches, and of the trivial ones. reduce: of sums over processes.
     """
@@ -1220,7 +1220,10 @@ def variance_left(batches: Iterable[list[tuple]], grid: tuple[int, ...],
             sums[part] = sums.get(part, 0) + values
     totals = [reduce(values) for values in sums.values()]
     errors = sum(x[:n] for x in totals)
-    variance = sum(x[n + 1] - x[n + 2:].square().sum() / x[n].clamp(min=1) for x in totals)
+    variance = 0.0
+    for x in totals:
+        count, sum_of_squares, sums = x[n].clamp(min=1), x[n + 1], x[n + 2:]
+        variance += sum_of_squares - sums.square().sum() / count
     return dict(zip(names, (errors / variance).tolist()))
 
 

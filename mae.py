@@ -54,7 +54,7 @@ class EncoderConfig:
     dates: int = 1  # images of each place, at different times, with tokens of their own (SatMAE)
 
     def __post_init__(self):
-        super().__post_init__()  # of common.Task, beside which this class is inherited
+        super().__post_init__()  # that of common.Task, the next parent of each config
         bands = sum(parse_bands(self.bands), ())
         if bands and self.dates > 1:
             raise ValueError("give --bands or --dates, not both")
@@ -139,8 +139,8 @@ def random_mask(grid: tuple[int, ...], ratio: float) -> Tensor:
 def grid_mask(grid: tuple[int, int], ratio: float) -> Tensor:
     """Keeps one patch of every 2 x 2 at the ratio 0.75 (Figure 6); at 0.5 a chessboard."""
     row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    order = (row + column) % 2 * 2 + row % 2  # of a 2 x 2 cell: one diagonal, then the other
-    order = (order.flatten() + torch.rand(math.prod(grid))).argsort()
+    rank = (row + column) % 2 * 2 + row % 2  # in each 2 x 2: 0 and 1 on a diagonal, then 2 and 3
+    order = (rank.flatten() + torch.rand(math.prod(grid))).argsort()  # at random within a rank
     mask = torch.ones(len(order), dtype=torch.bool)
     mask[order[:int(len(order) * (1 - ratio))]] = False
     return mask
@@ -156,7 +156,7 @@ def block_mask(grid: tuple[int, int], ratio: float) -> Tensor:
 MASKS = {"random": random_mask, "block": block_mask, "grid": grid_mask}
 
 
-def draw_mask(config: AutoencoderConfig, grid: tuple[int, int], position: int) -> Tensor:
+def draw_mask(config: Pretrain | Show, grid: tuple[int, int], position: int) -> Tensor:
     """The mask of a sample, (L,), or of S slices (SatMAE), (S * L,); `position` is not needed."""
     draw, slices = MASKS[config.masking], len(parse_bands(config.bands)) or config.dates
     if config.consistent:
@@ -226,15 +226,15 @@ class MAE(ViT):
 # ------------------------------------------------------------------------------------- pre-training
 
 
-def new_model(config: AutoencoderConfig) -> MAE:
+def new_model(config: Pretrain | Show) -> MAE:
     """The model before training, the same for the same seed; with --init that of the checkpoint."""
     torch.manual_seed(config.seed)
-    mae_class, slices = MAE, {}
+    mae_class, satellite = MAE, {}
     if config.bands or config.dates > 1:
-        mae_class, slices = SatMAE, {"bands": parse_bands(config.bands), "dates": config.dates}
+        mae_class, satellite = SatMAE, {"bands": parse_bands(config.bands), "dates": config.dates}
     model = common.build(mae_class, config.size, config.image_size, config.patch_size,
                          config.channels, config.norm_pix_loss, config.decoder_dim,
-                         config.decoder_depth, config.decoder_heads, **slices)
+                         config.decoder_depth, config.decoder_heads, **satellite)
     mask = draw_mask(config, model.grid, 0)
     if mask.all() or not mask.any():
         raise UserError(f"--mask-ratio {config.mask_ratio} masks none or all of {len(mask)} tokens")
@@ -302,9 +302,13 @@ def pretrain(config: Pretrain) -> None:
     encode, predict = mean_tokens(model, autocast), masked_predictions(model, autocast)
 
     losses, peak_lr = [], config.base_lr * config.batch_size / 256
-    log = None if config.benchmark else common.Log(config, plan, start)
+    if config.benchmark:
+        log, steps = None, common.benchmark_steps(config, plan, device)
+    else:
+        log = common.Log(config, plan, start)
+        steps = log.steps()
     with common.StopSignals(enabled=not config.benchmark) as stop:
-        for step in common.benchmark_steps(config, plan, device) if config.benchmark else log.steps():
+        for step in steps:
             lr = cosine_schedule(step, plan.steps, config.warmup * plan.steps, peak_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -325,7 +329,8 @@ def pretrain(config: Pretrain) -> None:
             if config.benchmark:
                 continue
 
-            done, stopped, metrics = step + 1, stop.received(), {}
+            done, metrics = step + 1, {}
+            stopped = stop.received()  # the number of a signal, or 0
             last = done == plan.steps
             if last or done % config.evaluate_every == 0:
                 metrics = data.evaluate_features(encode, train_view, val_view, loader, config.evaluate_samples, classes)

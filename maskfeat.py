@@ -65,7 +65,7 @@ class PredictionConfig:
     mask_ratio: Fraction = 0.4  # fraction of the tokens that are masked
 
     def __post_init__(self):
-        super().__post_init__()  # of common.Task, beside which this class is inherited
+        super().__post_init__()  # that of common.Task, the next parent of each config
         if self.masking != "random" and (self.masking == "block") != (self.frames == 1):
             kind = "images" if self.masking == "block" else "clips (--frames)"
             raise ValueError(f"--masking {self.masking} is for {kind}")
@@ -132,7 +132,7 @@ def gradients(images: Tensor) -> tuple[Tensor, Tensor]:
 def hog(images: Tensor, bins: int = 9, cell: int = 8) -> Tensor:
     """Histograms of oriented gradients: (B, C, H, W) -> (B, C, bins, H/cell, W/cell), in float32.
 
-    The histogram of a cell adds up the lengths of gradients by direction, in [0, pi) since an edge
+    The histogram of a cell adds up the magnitudes of gradients by direction, in [0, pi) since an edge
     and its negative count alike, and is divided by its L2 norm.
     """
     def by_cell(values):  # (B, C, H, W) -> (B, C, H/cell, W/cell, cell*cell)
@@ -142,10 +142,11 @@ def hog(images: Tensor, bins: int = 9, cell: int = 8) -> Tensor:
     # The direction is measured from the vertical, as in the published code.
     direction = torch.atan2(gx, gy).div_(math.pi).mul_(bins).floor_().remainder_(bins)
     direction = by_cell(direction.to(torch.uint8))
-    length = gx.hypot_(gy)
+    magnitude = gx.hypot_(gy)
     del gx, gy  # the extra memory stays below four times that of the images
-    length = by_cell(length)
-    histogram = length.new_zeros(*length.shape[:-1], bins).scatter_add_(-1, direction.long(), length)
+    magnitude = by_cell(magnitude)
+    histogram = magnitude.new_zeros(*magnitude.shape[:-1], bins)
+    histogram.scatter_add_(-1, direction.long(), magnitude)
     return F.normalize(histogram, dim=-1).permute(0, 1, 4, 2, 3)
 
 
@@ -193,7 +194,7 @@ def frame_mask(grid: tuple[int, int, int], ratio: float) -> Tensor:
 MASKS = {"block": block_mask, "cube": cube_mask, "tube": tube_mask, "frame": frame_mask, "random": random_mask}
 
 
-def draw_mask(config: PredictionConfig, grid: tuple[int, ...], position: int) -> Tensor:
+def draw_mask(config: Pretrain | Show, grid: tuple[int, ...], position: int) -> Tensor:
     """The mask (L,) of a sample; `position`, its number in the run, is not needed."""
     return MASKS[config.masking](grid, config.mask_ratio)
 
@@ -215,8 +216,8 @@ class MaskFeat(ViT):
         self.tubelet, self.target, self.cell = tubelet, target, cell
         self.norm = nn.Identity()  # the final LayerNorm is in pred_head, as published
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.dim))
-        numbers = 9 * (patch_size // cell) ** 2 if target == "hog" else patch_size ** 2
-        self.pred_head = nn.Sequential(nn.LayerNorm(self.dim, eps=1e-6), nn.Linear(self.dim, channels * numbers))
+        values = 9 * (patch_size // cell) ** 2 if target == "hog" else patch_size ** 2  # of a channel
+        self.pred_head = nn.Sequential(nn.LayerNorm(self.dim, eps=1e-6), nn.Linear(self.dim, channels * values))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         for module in self.blocks.modules():  # the published encoder starts so
             if isinstance(module, (nn.Linear, nn.LayerNorm)):
@@ -322,9 +323,13 @@ def pretrain(config: Pretrain) -> None:
 
     unit = "clips" if config.frames > 1 else "images"
     losses, peak_lr = [], config.base_lr * config.batch_size / 256
-    log = None if config.benchmark else common.Log(config, plan, start, unit)
+    if config.benchmark:
+        log, steps = None, common.benchmark_steps(config, plan, device, unit)
+    else:
+        log = common.Log(config, plan, start, unit)
+        steps = log.steps()
     with common.StopSignals(enabled=not config.benchmark) as stop:
-        for step in common.benchmark_steps(config, plan, device, unit) if config.benchmark else log.steps():
+        for step in steps:
             lr = cosine_schedule(step, plan.steps, config.warmup * plan.steps, peak_lr, config.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -345,7 +350,8 @@ def pretrain(config: Pretrain) -> None:
             if config.benchmark:
                 continue
 
-            done, stopped, metrics = step + 1, stop.received(), {}
+            done, metrics = step + 1, {}
+            stopped = stop.received()  # the number of a signal, or 0
             last = done == plan.steps
             if last or done % config.evaluate_every == 0:
                 metrics = data.evaluate_features(encode, train_view, val_view, loader, config.evaluate_samples, classes)

@@ -64,7 +64,7 @@ class EncoderConfig:
     still: bool = False  # data of images, each of which is repeated in time (default: as in --init)
 
     def __post_init__(self):
-        super().__post_init__()  # of common.Task, beside which this class is inherited
+        super().__post_init__()  # that of common.Task, the next parent of each config
         if self.frames < 2:
             raise ValueError("V-JEPA needs clips of several frames: --frames above 1, an --init of clips, or "
                              "--still, which repeats images in time")
@@ -154,7 +154,7 @@ TARGETS = {"latent": "features", "pixels": "normalized pixels"}
 MASKS = {  # for each mask of a clip: blocks, fraction of the frame in each (None: mask_ratio)
     "multiblock": [(8, 0.15), (2, 0.7)],  # short-range, long-range
     "block": [(1, None)],
-    "tube": [(0, None)]}
+    "tube": [(0, None)]}  # one mask, whose numbers `tube_mask` does not need
 
 
 def sample_block_size(grid: tuple[int, int, int], scale: float, generator: torch.Generator) -> tuple[int, int]:
@@ -164,7 +164,9 @@ def sample_block_size(grid: tuple[int, int, int], scale: float, generator: torch
     area = int(scale * rows * columns)
     height = min(rows, round(math.sqrt(area * aspect)))
     width = min(columns, round(math.sqrt(area / aspect)))
-    return height, width - (height == rows and width == columns)  # a block never fills the frame
+    if height == rows and width == columns:  # a block never fills the frame
+        width -= 1
+    return height, width
 
 
 def multiblock_mask(grid: tuple[int, int, int], num_blocks: int, block_size: tuple[int, int],
@@ -194,17 +196,17 @@ def tube_mask(grid: tuple[int, int, int], ratio: float, context_times: int | Non
     return mask.flatten()
 
 
-def draw_masks(config: MaskingConfig, grid: tuple[int, int, int], position: int) -> Tensor:
+def draw_masks(config: Pretrain | Show, grid: tuple[int, int, int], position: int) -> Tensor:
     """Masks (kinds, L) of the run's sample number `position`; a batch shares its block sizes."""
-    times = max(1, config.context_frames // config.tubelet) if config.context_frames else None
-    masks, step = [], position // getattr(config, "batch_size", 1)  # `show` has no batches
+    context_times = max(1, config.context_frames // config.tubelet) if config.context_frames else None
     if config.masking == "tube":
-        return tube_mask(grid, config.mask_ratio, times)[None]
+        return tube_mask(grid, config.mask_ratio, context_times)[None]
+    masks, step = [], position // getattr(config, "batch_size", 1)  # `show` has no batches
     for kind, (num_blocks, scale) in enumerate(MASKS[config.masking]):
         seed = common.derive_seed(config.seed, common.BLOCK_SIZE, kind, step)
         generator = torch.Generator().manual_seed(seed)
         block_size = sample_block_size(grid, scale or config.mask_ratio, generator)
-        masks.append(multiblock_mask(grid, num_blocks, block_size, times))
+        masks.append(multiblock_mask(grid, num_blocks, block_size, context_times))
     return torch.stack(masks)
 
 
@@ -279,7 +281,7 @@ class VJEPA(nn.Module):
         return predictions
 
     def forward(self, clips: Tensor, visible: list[Tensor], masked: list[Tensor]) -> Tensor:
-        """clips (B, C, T, H, W), of each kind visible = context (B, N), masked = targets (B, M) -> loss."""
+        """clips (B, C, T, H, W), for each kind of mask visible (B, N) and masked (B, M) -> loss."""
         targets = self.targets(clips)  # (B, L, K)
         losses = []
         for pred, m in zip(self.predict(clips, visible, masked), masked):
@@ -325,7 +327,7 @@ def mean_tokens(encoder: ViT, autocast: torch.autocast) -> Callable:
 def masked_predictions(model: VJEPA, autocast: torch.autocast) -> Callable:
     """A function of a batch -> predictions as in `data`, one for each of the masks."""
     def predict(clips, _, visible, masked):
-        with autocast, torch.compiler.set_stance("force_eager"):  # not more graphs for other batches
+        with autocast, torch.compiler.set_stance("force_eager"):  # other batch sizes would compile anew
             targets, preds = model.targets(clips), model.predict(clips, visible, masked)
         predictions = []
         for pred, v, m in zip(preds, visible, masked):
@@ -337,7 +339,7 @@ def masked_predictions(model: VJEPA, autocast: torch.autocast) -> Callable:
 
 
 def warn_of_collapse(metrics: dict[str, float], target: str) -> None:
-    """Warn by metrics that the features' scale does not change; untrained, the std is about 0.5."""
+    """Warn of a collapse; both metrics are free of scale, and an untrained encoder's std is about 0.5."""
     std, rank = metrics.get("feature_std", 1.0), metrics.get("effective_rank", 2.0)
     if (std < 0.15 or rank < 2) and common.get_rank() == 0:
         advice = "--momentum or --batch-size" if target == "latent" else "--batch-size"
@@ -381,9 +383,13 @@ def pretrain(config: Pretrain) -> None:
 
     losses, peak_lr = [], config.base_lr * config.batch_size / 256
     warmup, horizon = config.warmup * plan.steps, config.schedule_scale * plan.steps
-    log = None if config.benchmark else common.Log(config, plan, start, unit="clips")
+    if config.benchmark:
+        log, steps = None, common.benchmark_steps(config, plan, device, "clips")
+    else:
+        log = common.Log(config, plan, start, unit="clips")
+        steps = log.steps()
     with common.StopSignals(enabled=not config.benchmark) as stop:
-        for step in common.benchmark_steps(config, plan, device, "clips") if config.benchmark else log.steps():
+        for step in steps:
             lr = cosine_schedule(step + 1, horizon, warmup, peak_lr, config.min_lr, config.start_lr * peak_lr)
             weight_decay = cosine_schedule(step + 1, horizon, 0, config.weight_decay, config.final_weight_decay)
             momentum = config.momentum + (config.final_momentum - config.momentum) * step / horizon
@@ -408,7 +414,8 @@ def pretrain(config: Pretrain) -> None:
             if config.benchmark:
                 continue
 
-            done, stopped, metrics = step + 1, stop.received(), {}
+            done, metrics = step + 1, {}
+            stopped = stop.received()  # the number of a signal, or 0
             last = done == plan.steps
             if last or done % config.evaluate_every == 0:
                 metrics = data.evaluate_features(encode, train_view, val_view, loader, config.evaluate_samples, classes)
@@ -642,7 +649,7 @@ def show(config: Show) -> None:
     kinds = sum(name.startswith("predictor.mask_tokens.") for name in weights)  # 0: no predictor
     model = new_model(config, kinds or 1).to(device)
     tokens = model.predictor.mask_tokens
-    while len(tokens) < len(MASKS[config.masking]):  # other masks than in the training
+    while len(tokens) < len(MASKS[config.masking]):  # for masks that were not trained: the last token again
         tokens.append(tokens[-1])
     clip = functools.partial(data.single_clip, frames=config.frames)
     view = v2.Compose([data.CenterCrop(config.image_size), clip])
