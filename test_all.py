@@ -1939,7 +1939,12 @@ def test_the_accuracy_of_a_classifier_is_that_of_its_weights(task, seven, tmp_pa
                                           (vjepa, [*VJEPA_FLAGS, "--still"])])
 def test_probes_are_fitted_on_training_images_and_tested_on_others(method, tiny, seven, tmp_path, monkeypatch, capsys):
     """Training images are told by their color, validation images cannot be told."""
-    encoders, print_probe = {}, data.print_probes
+    encoders, print_probe, knn_accuracy = {}, data.print_probes, data.knn_accuracy
+
+    def knn(x, labels, train_x=None, *others, **options):
+        assert train_x is None or not torch.equal(x, train_x)
+        return knn_accuracy(x, labels, train_x, *others, **options)
+    monkeypatch.setattr(data, "knn_accuracy", knn)
     monkeypatch.setattr(data, "print_probes", lambda *inputs: encoders.update(inputs[0]) or print_probe(*inputs))
     main(monkeypatch, "--data", seven, *tiny, "--steps", 1, "--warmup", 0, "--out", tmp_path, method=method)
     batch = torch.randn(2, 3, *[4] * (method is vjepa), 32, 32)
@@ -2182,7 +2187,10 @@ def limit_memory(samples, checkpointed=0, set_attribute=setattr):
     def on_a_gpu(config, before, model, loader, *others, **options):
         gpu = argparse.Namespace(device=argparse.Namespace(type="cuda"), random_batches=loader.random_batches,
                                  to_indices=loader.to_indices)
-        return plan(config, before, model, gpu, *others, **options)
+        state = torch.get_rng_state()
+        found = plan(config, before, model, gpu, *others, **options)
+        assert torch.equal(torch.get_rng_state(), state)
+        return found
     set_attribute(common, "fits_in_memory", limited)
     set_attribute(common, "plan_micro_batches", on_a_gpu)
     return tried
