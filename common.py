@@ -515,7 +515,7 @@ def all_reduce(tensor: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
     return tensor
 
 
-BUILT_IN, EPOCH, SAMPLE, MASK, BLOCK_SIZE, TRAIN_STEP = range(6)  # purposes of seeds
+BUILT_IN, EPOCH, SAMPLE, MASK, BLOCK_SIZE, TRAIN_STEP, LABELS = range(7)  # purposes of seeds
 
 
 def derive_seed(seed: int, purpose: int, *numbers: int) -> int:
@@ -1156,12 +1156,15 @@ class Classification(Training):
     """The fields of every supervised task."""
     min_lr: float = 1e-6  # learning rate at the end of the schedule
     smoothing: Fraction = 0.1  # label smoothing
+    labels: Fraction = 1.0  # fraction of the training samples that are used, in as many steps as all of them
     eval_only: bool = False  # evaluation of the classifier in --init, without training
 
     def __post_init__(self):
         super().__post_init__()
         if self.eval_only and not self.init:
             raise ValueError("--eval-only needs --init, a checkpoint")
+        if not self.labels:
+            raise ValueError("--labels is above 0")
 
 
 def split_hint(hint) -> tuple[Any, float, float]:

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import InterpolationMode, v2
 
-from common import (BUILT_IN, EPOCH, MASK, SAMPLE, WARMUP_STEPS, ImageSize, Plan, UserError,
+from common import (BUILT_IN, EPOCH, LABELS, MASK, SAMPLE, WARMUP_STEPS, ImageSize, Plan, UserError,
                     all_reduce, derive_seed, get_rank, get_world_size, read_checkpoint)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -689,8 +689,10 @@ def plan_training(config, train: Dataset, val: Dataset | None, classes: list[str
         print(f"{describe_source(val, classes)} for validation")
     else:
         validation = f"{len(val):,} for validation" if val else "none for validation"
-        print(f"{describe_source(train, classes)} for training, {validation}; {steps:,} steps of "
-              f"{size:,} are {steps * size / len(train):,.3g} passes over the data")
+        used = labeled_samples(config, len(train))
+        part = f", {used:,} of which are used" if used < len(train) else ""
+        print(f"{describe_source(train, classes)} for training{part}, {validation}; {steps:,} steps of "
+              f"{size:,} are {steps * size / used:,.3g} passes over the data")
     return Plan(mean, std, steps, max(1, len(train) // size), accumulate)
 
 
@@ -862,16 +864,27 @@ def evenly_spaced(length: int, count: int) -> list[int]:
     return [i * length // count for i in range(count)]
 
 
+def labeled_samples(config, length: int) -> int:
+    """How many of the training samples are used: all, or the fraction of --labels."""
+    return max(1, round(getattr(config, "labels", 1.0) * length))
+
+
 def training_batches(length: int, config, plan: Plan,
                      start: int) -> Iterator[list[tuple[int, int]]]:
     """(index, position) of the samples of each micro-batch of this process, from `start` on.
 
     Position p of the run is in epoch p // length, whose order is seeded by (seed, epoch); the last
-    batch of an epoch is filled from the next one.
+    batch of an epoch is filled from the next one. With --labels the samples are a random draw.
     """
+    def permutation(number, *purpose):
+        return np.random.default_rng(derive_seed(config.seed, *purpose)).permutation(number)
+
+    used = np.sort(permutation(length, LABELS)[:labeled_samples(config, length)])
+    length = len(used)
+
     @functools.lru_cache(maxsize=1)
     def order(epoch):
-        return np.random.default_rng(derive_seed(config.seed, EPOCH, epoch)).permutation(length)
+        return used[permutation(length, EPOCH, epoch)]
 
     size = config.batch_size // (plan.accumulate * get_world_size())
     for step in range(start, plan.steps):

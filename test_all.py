@@ -792,6 +792,16 @@ def test_every_epoch_has_each_image_once_and_processes_share_each_batch(monkeypa
         assert [x for micro in (2 * step, 2 * step + 1) for part in parts for x in part[micro]] == batch
 
 
+def test_a_fraction_of_the_labels_is_a_random_draw_that_each_pass_repeats():
+    def draw(seed=3, labels=0.25):
+        config = config_of(batch_size=5, seed=seed, labels=labels)
+        return [index for batch in data.training_batches(20, config, plan_of(12), 0) for index, _ in batch]
+    drawn, used = draw(), sorted(draw()[:5])
+    assert len(set(used)) == 5 and all(sorted(drawn[i:i + 5]) == used for i in range(0, 60, 5))
+    assert used != list(range(5)) and used != sorted(draw(seed=4)[:5]) and set(draw(labels=0.01)) == {draw(labels=0.01)[0]}
+    assert sorted(draw(labels=1.0)[:20]) == list(range(20))
+
+
 MEAN, STD = data.IMAGENET_MEAN, data.IMAGENET_STD
 cpu_loader = functools.partial(data.Loader, MEAN, STD, torch.device("cpu"))
 
