@@ -2583,7 +2583,7 @@ class FakeGPU(TorchDispatchMode):
         return results
 
 
-MEMORY = [  # GiB, as in the README
+MEMORY = [  # GiB of a training step, of V-JEPA with the largest masks
     (mae, "--batch-size 512", 25.8), (mae, "--size large --batch-size 512 --precision fp16", 42.0),
     (mae, "--size huge --batch-size 512 --accumulate 2", 44.7), (mae, "--dates 3 --batch-size 64", 10.6),
     (mae, "--channels 6 --bands 0,1,2/3,4/5 --batch-size 64 --precision fp16", 10.5),
@@ -2596,7 +2596,7 @@ MEMORY = [  # GiB, as in the README
 @pytest.mark.parametrize("method, flags, gib", MEMORY)
 def test_steps_on_fake_cuda_tensors(method, flags, gib, monkeypatch):
     """Three steps of a paper, as one of 8 GPUs takes them: devices and dtypes fit, nothing waits, and what lives after
-    the forward pass, with the largest of 8 draws of masks, is 90 to 100 % of the README's memory. The backward pass,
+    the forward pass, with the largest of 8 draws of masks, is 90 to 100 % of this memory. The backward pass,
     for which autograd would ask the driver, the data, the log and the checkpoints have stand-ins.
     """
     gpu, models, peaks, stack = FakeGPU(), [], [], contextlib.ExitStack()
