@@ -1164,7 +1164,7 @@ class Classification(Training):
         if self.eval_only and not self.init:
             raise ValueError("--eval-only needs --init, a checkpoint")
         if not self.labels:
-            raise ValueError("--labels is above 0")
+            raise ValueError("--labels 0 leaves no training samples")
 
 
 def split_hint(hint) -> tuple[Any, float, float]:
