@@ -11,7 +11,7 @@ Letters, in all files:
     B  samples of a micro-batch    L  tokens of an image or clip     D     width of a token
     C  channels                    N  visible tokens of a sample     K     values predicted per token
     T  frames of a clip            M  masked tokens of a sample      H, W  height, width in pixels
-    P  side of a patch, pixels
+    P  side of a patch, pixels         S  slices, in SatMAE: groups of bands, or dates
 """
 import argparse
 import contextlib
@@ -162,7 +162,7 @@ class Block(nn.Module):
         self.checkpointing = False  # True: recompute activations in the backward pass
 
     def drop_path(self, x: Tensor) -> Tensor:
-        """Zero the branch (B, N, D) for random samples, and divide the others by their probability."""
+        """Zero the branch (B, N, D) of random samples; divide the others by the probability to be kept."""
         if self.drop_path_rate == 0 or not self.training:
             return x
         return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop_path_rate)
@@ -224,7 +224,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
 
         self.apply(init_weights)
-        for parameter in (self.cls_token, self.pos_embed):
+        for parameter in (self.cls_token, self.pos_embed):  # learned ones start at random
             if parameter is not None and parameter.requires_grad:
                 nn.init.trunc_normal_(parameter, std=0.02)
 
@@ -772,8 +772,7 @@ class Checkpoints:
         except UserError as error:
             if len(paths) == 1:
                 raise UserError(f"{error}, and there is no previous.pt: give --fresh") from None
-            if get_rank() == 0:
-                print(f"{error}: resuming from {paths[1]}", file=sys.stderr)
+            print_once(f"{error}: resuming from {paths[1]}")
             return paths[1], read_checkpoint(paths[1]), paths[0]
 
     def check_settings(self, content: dict) -> None:
@@ -987,11 +986,6 @@ PEAK_FLOPS = {  # dense bf16, from NVIDIA's data sheets
     "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA A100-PCIE-40GB": 312e12}
 
 
-class WholeModel(contextlib.nullcontext):
-    """Instead of FlopCounterMode's counts by module, whose hooks keep recomputed activations alive."""
-    parents = ("Global",)
-
-
 def benchmark_steps(config, plan: Plan, device: torch.device, unit: str = "images") -> Iterator[int]:
     """The steps of a benchmark: WARMUP_STEPS, then those that are timed, then a line of JSON.
 
@@ -1000,7 +994,8 @@ def benchmark_steps(config, plan: Plan, device: torch.device, unit: str = "image
     """
     cuda = device.type == "cuda"
     counter = FlopCounterMode(display=False)
-    counter.mod_tracker = WholeModel()
+    counter.mod_tracker = contextlib.nullcontext()  # counts by module have hooks that keep
+    counter.mod_tracker.parents = ("Global",)  # recomputed activations alive
     with counter, torch.compiler.set_stance("force_eager"):
         yield 0
     yield from range(1, WARMUP_STEPS)
@@ -1038,6 +1033,13 @@ def enlarge(pictures: Tensor, width: int = 224) -> Tensor:
     pictures = pictures[:, :3] if pictures.shape[1] >= 3 else pictures[:, :1].expand(-1, 3, -1, -1)
     scale = max(1, width // pictures.shape[-1])
     return F.interpolate(pictures.clamp(0, 1).cpu(), scale_factor=scale)
+
+
+def stretch(pixels: Tensor, reference: Tensor) -> Tensor:
+    """Pixels (..., C, H, W), of no photograph, so that each channel of `reference` is from 0 to 1."""
+    others = [axis for axis in range(pixels.ndim) if axis != pixels.ndim - 3]
+    low, high = reference.amin(others, keepdim=True), reference.amax(others, keepdim=True)
+    return (pixels - low) / (high - low).clamp(min=1e-6)
 
 
 def outline(pictures: Tensor, mask: Tensor) -> Tensor:
@@ -1331,8 +1333,7 @@ def main(description: str, tasks: dict, configure: Callable) -> None:
         task, preset, given = parse_command_line(description, tasks, sys.argv[1:])
         tasks[task][0](configure(task, preset, **given))
     except Stopped as stop:
-        if get_rank() == 0:
-            print(stop, file=sys.stderr)
+        print_once(str(stop))
         code = 128 + stop.number  # the exit code that a shell gives
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         sentence = str(error)

@@ -32,7 +32,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (BUILT_IN, EPOCH, LABELS, MASK, SAMPLE, WARMUP_STEPS, ImageSize, Plan, UserError,
-                    all_reduce, derive_seed, get_rank, get_world_size, read_checkpoint)
+                    all_reduce, derive_seed, get_rank, get_world_size, print_once, read_checkpoint)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy", ".npz",
@@ -494,35 +494,23 @@ def open_files(root: Path, options: tuple, labeled: bool, tested: str | None,
         val = first_path(root / f"val{train.suffix}", root / f"test{train.suffix}")
     elif tested:
         val = first_path(root / "val", root / "test", root / "val.txt", root / "test.txt")
-    if tested and val:
-        classes, names = tested_classes or class_names(train or val), class_names(val)
-        unknown = sorted(set(names) - set(classes))
-        if unknown:
-            names = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
-            raise UserError(f"{tested} was trained on the classes {names}, but {val} has {unknown[0]}")
-        source = files(val, classes)
-        source.segments = 1
-        return source, source, classes
-
-    train = train or root
-    classes, val_classes = class_names(train), class_names(val) if val else []
+    train = train or val or root
+    classes, val_classes = tested_classes or class_names(train), class_names(val) if val else []
     unknown = sorted(set(val_classes) - set(classes))
     if labeled and not (classes and val_classes):
-        needed = "folders train/<class>/ and val/<class>/ (or test/<class>/)"
-        if train.is_file():
-            needed = "lists train.txt and val.txt (or test.txt), of lines of `path label`"
-        raise UserError(f"{root} needs the {needed}")
+        raise UserError(f"{root} needs the folders train/<class>/ and val/<class>/ (or test/<class>/), or "
+                        "lists train.txt and val.txt (or test.txt), of lines of `path label`")
     if labeled and unknown:
-        kind, known = ("label", "the training list") if train.is_file() else ("class folder", train)
-        raise UserError(f"{val} has the {kind} {unknown[0]}, which {known} lacks")
+        known = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
+        raise UserError(f"{val} has the label or class folder {unknown[0]}, but {tested or train} only {known}")
     if labeled and len(classes) < 2:
         raise UserError(f"{train} has one class, {classes[0]}: a classifier needs two at least")
     if not labeled and (unknown or len(classes) < 2 or not val_classes):  # folders, no labels
         val = files(val) if val and (unknown or not classes) else None
         return files(train), val, None
-    train, val = files(train, classes), files(val, classes)
+    val = files(val, classes)
     val.segments = 1
-    return train, val, classes
+    return val if tested else files(train, classes), val, classes
 
 
 def first_path(*paths: Path) -> Path | None:
@@ -549,9 +537,8 @@ def report_unreadable(*sources: Dataset) -> None:
     for source in sources:
         if isinstance(source, Files):
             number = int((all_reduce(source.unreadable.int()) > 0).sum())
-            if get_rank() == 0 and number:
-                print(f"{number} of {len(source)} files could not be read and were skipped",
-                      file=sys.stderr)
+            if number:
+                print_once(f"{number} of {len(source)} files could not be read and were skipped")
 
 
 # --------------------------------------------------------------------------------------- transforms
@@ -656,11 +643,8 @@ def single_clip(pixels: Tensor, frames: int) -> Tensor:
 
 def mixup_cutmix(config, num_classes: int) -> Callable | None:
     """A function of (pixels, labels (B,)): MixUp or CutMix, at random; labels -> (B, classes)."""
-    choices = []
-    if config.mixup:
-        choices.append(v2.MixUp(alpha=config.mixup, num_classes=num_classes))
-    if config.cutmix:
-        choices.append(v2.CutMix(alpha=config.cutmix, num_classes=num_classes))
+    choices = [make(alpha=alpha, num_classes=num_classes)
+               for make, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)) if alpha]
     if not choices:
         return None
 
@@ -701,7 +685,7 @@ def mean_and_std(config, source: Dataset) -> tuple[list[float], list[float]]:
     mean, std = config.mean, config.std
     if bool(mean) != bool(std):
         raise UserError("give both --mean and --std, or neither")
-    if config.measure or not mean and (config.channels != 3 or not in_unit_range(source)):
+    if config.measure or not mean and (config.channels != 3 or not are_photographs(source, 3)):
         mean, std = measure_mean_and_std(source, config.image_size)
     mean, std = list(mean or IMAGENET_MEAN), list(std or IMAGENET_STD)
     if not len(mean) == len(std) == config.channels or min(std) <= 0:
@@ -710,8 +694,10 @@ def mean_and_std(config, source: Dataset) -> tuple[list[float], list[float]]:
     return mean, std
 
 
-def in_unit_range(source: Dataset) -> bool:
-    """Whether a source's images are bytes or in [0, 1], so that ImageNet's mean and std suit."""
+def are_photographs(source: Dataset, channels: int) -> bool:
+    """Whether images have 1 or 3 channels of bytes or in [0, 1]: as they are, they can be shown."""
+    if channels not in (1, 3):
+        return False
     if not isinstance(source, Files):
         return True
     samples = Samples(source, v2.PILToTensor())
@@ -740,7 +726,11 @@ def measure_mean_and_std(source: Dataset, image_size: ImageSize) -> tuple[list, 
                 values = [x.unique() for x in raw.movedim(-3, 0).flatten(1)]  # sorted
                 extremes.append([torch.cat([x[:2], x[-2:]]) for x in values])
     for channel, values in enumerate(zip(*extremes)):
-        warn_of_missing_data(channel, torch.cat(values).double().unique())
+        values = torch.cat(values).double().unique()
+        for code, others in ((values[0], values[1:]), (values[-1], values[:-1])):
+            if len(others) > 1 and (others - code).abs().min() > others[-1] - others[0]:
+                print_once(f"warning: in channel {channel} the value {code:.6g} is far from all others; if it "
+                           "stands for missing data, replace it: mean and std suffer from it")
     mean, square = torch.stack(moments).mean(0)
     std = (square - mean.square()).clamp(min=0).sqrt()
     for channel in range(len(mean)):
@@ -751,21 +741,6 @@ def measure_mean_and_std(source: Dataset, image_size: ImageSize) -> tuple[list, 
     return [float(f"{x:.4g}") for x in mean.tolist()], [float(f"{x:.4g}") for x in std.tolist()]
 
 
-def warn_of_missing_data(channel: int, values: Tensor) -> None:
-    """values: the sorted values of a channel, or the two smallest and largest of each image."""
-    if len(values) < 3 or get_rank() > 0:
-        return
-    low, high = values[1] - values[0], values[-1] - values[-2]
-    codes = []
-    if low > values[-1] - values[1]:
-        codes.append(values[0])
-    if high > values[-2] - values[0]:
-        codes.append(values[-1])
-    for code in codes:
-        print(f"warning: in channel {channel} the value {code:.6g} is far from all others; if it "
-              "stands for missing data, replace it: mean and std suffer from it", file=sys.stderr)
-
-
 # -------------------------------------------------------------------------------------------- masks
 
 
@@ -773,10 +748,11 @@ def blockwise_mask(grid: tuple[int, int, int], num_masked: int, min_area: int,
                    max_area: int | None = None, tries: int = 10) -> Tensor:
     """Mask `num_masked` tokens of a grid (times, rows, columns) by blocks: (L,).
 
-    Algorithm 1 of BEiT (arXiv 2106.08254). The area of a block is uniform in [min_area, max_area]
-    (None: what is still missing), its aspect ratio log-uniform in [0.3, 1/0.3], its duration
-    uniform. A block that masks too many, or is as high or wide as the grid, is rejected; after
-    `tries` in a row, random single tokens make up the rest. Draws from torch's default generator.
+    Algorithm 1 of BEiT (arXiv 2106.08254). The area of a block is uniform between min_area and
+    max_area (None: what is still missing, at the end less than min_area), its aspect ratio
+    log-uniform in [0.3, 1/0.3], its duration uniform. A block that masks too many or no new tokens,
+    or is as high or wide as the grid, is rejected; after `tries` in a row, random single tokens
+    make up the rest. Draws from torch's default generator.
     """
     times, rows, columns = grid
     mask, missing, failed = np.zeros(grid, dtype=bool), num_masked, 0

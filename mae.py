@@ -1,8 +1,8 @@
 """MAE: "Masked Autoencoders Are Scalable Vision Learners", He et al. 2021, arXiv 2111.06377.
 
 Mask three quarters of an image's patches, encode the visible quarter, and let a small decoder fill
-in the pixels of the masked ones from those tokens and a learned mask token. The encoder never sees
-a mask token, which makes it both better and cheaper; the decoder is thrown away afterwards.
+in the pixels of the masked ones, from the encoded tokens and a learned mask token. The encoder never
+sees a mask token, which makes it both better and cheaper; the decoder is thrown away afterwards.
 
     images (B, C, H, W)
       | cut into L patches of P x P pixels, project, add positions          (B, L, D)
@@ -39,7 +39,7 @@ import data
 from common import (Block, Fraction, PatchEmbed, UserError, ViT, cosine_schedule, gather_tokens,
                     patchify, scatter_tokens, sincos, sincos_1d, unpatchify)
 
-# ----------------------------------------------------- configuration: the paper's values, for ViT-B
+# ----------------------------------------------------- configuration: the published values, for ViT-B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +47,14 @@ class EncoderConfig:
     size: common.Size = "base"  # size of the encoder
     image_size: common.ImageSize = 224  # pixels, a number or HEIGHTxWIDTH
     patch_size: int = 16  # side of a patch, pixels
-    channels: int = 3  # channels of the images (with --bands and no --data: as many as those need)
-    mean: tuple[float, ...] | None = None  # channel means, in [0, 1] (default: ImageNet's, or measured)
+    channels: int = 3  # channels of the images (with --bands, no --data and no --init: as many as those need)
+    mean: tuple[float, ...] | None = None  # channel means, in the unit of the pixels (default: ImageNet's, or measured)
     std: tuple[float, ...] | None = None  # standard deviation of each channel (default: likewise)
     bands: str | None = None  # groups of channels with tokens of their own, as 0,1,2/3,4 (SatMAE)
     dates: int = 1  # images of each place, at different times, with tokens of their own (SatMAE)
 
     def __post_init__(self):
-        super().__post_init__()  # that of common.Task, the next parent of each config
+        super().__post_init__()  # of common.Training, Classification or Task, whichever comes next
         bands = sum(parse_bands(self.bands), ())
         if bands and self.dates > 1:
             raise ValueError("give --bands or --dates, not both")
@@ -77,7 +77,7 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(EncoderConfig, AutoencoderConfig, common.Pretraining):  # Table 8
+class Pretrain(EncoderConfig, AutoencoderConfig, common.Pretraining):  # Table 8, normalized pixels
     epochs: float | None = 800
     batch_size: int = 4096
     base_lr: float = 1.5e-4
@@ -87,7 +87,7 @@ class Pretrain(EncoderConfig, AutoencoderConfig, common.Pretraining):  # Table 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(EncoderConfig, common.Classification):  # Table 9, or the published FINETUNE.md
+class Finetune(EncoderConfig, common.Classification):  # FINETUNE.md of the published code; Table 9 differs
     pool: Literal["class", "mean"] = "mean"  # pooling: the class token or the mean of patch tokens
     epochs: float | None = 100
     batch_size: int = 1024
@@ -96,7 +96,7 @@ class Finetune(EncoderConfig, common.Classification):  # Table 9, or the publish
     weight_decay: float = 0.05  # weight decay of AdamW
     layer_decay: Fraction = 0.65  # layer-wise learning-rate decay
     drop_path: Fraction = 0.1  # drop path (stochastic depth) rate, rising linearly to the last block
-    randaugment: common.Magnitude = 9.0  # magnitude of RandAugment, 0 to 10
+    randaugment: common.Magnitude = 9.0  # magnitude of RandAugment, 0 to 10; needs 1 or 3 channels
     erasing: Fraction = 0.25  # probability of random erasing
     mixup: float = 0.8  # alpha of MixUp
     cutmix: float = 1.0  # alpha of CutMix
@@ -104,7 +104,7 @@ class Finetune(EncoderConfig, common.Classification):  # Table 9, or the publish
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linprobe(EncoderConfig, common.Classification):  # Table 10
+class Linprobe(EncoderConfig, common.Classification):  # Table 10, but SGD for LARS
     pool: Literal["class", "mean"] = "class"  # pooling: the class token or the mean of patch tokens
     epochs: float | None = 90
     batch_size: int = 16384
@@ -118,14 +118,14 @@ class Linprobe(EncoderConfig, common.Classification):  # Table 10
 
 @dataclass(frozen=True, kw_only=True)
 class Show(EncoderConfig, AutoencoderConfig, common.Task):
-    norm_pix_loss: bool = False  # predictions normalized by mean and std of each patch
-    image: str | None = None  # photograph (default: some of --data)
+    norm_pix_loss: bool = False  # predictions are normalized per patch (default: as the checkpoint says, else no)
+    image: str | None = None  # photograph or other image, with --dates a folder of them (default: some of --data)
     out: str = "runs/mae-show"  # folder of the picture
 
 
 # ------------------------------------------------------------------------------------------ masking
-# A mask is a boolean tensor (L,), True = masked, with int(L * (1 - ratio)) visible patches. It is
-# drawn from the generator that `data.Samples` seeds; `data.Loader` turns it into token indices.
+# A mask is a boolean tensor (L,), True = masked, with int(L * (1 - ratio)) visible patches.
+# `data.Samples` seeds the generator that draws it; `data.Loader` turns it into token indices.
 
 
 def random_mask(grid: tuple[int, ...], ratio: float) -> Tensor:
@@ -137,7 +137,7 @@ def random_mask(grid: tuple[int, ...], ratio: float) -> Tensor:
 
 
 def grid_mask(grid: tuple[int, int], ratio: float) -> Tensor:
-    """Keeps one patch of every 2 x 2 at the ratio 0.75 (Figure 6); at 0.5 a chessboard."""
+    """Keeps the same patch of every 2 x 2 at the ratio 0.75 (Figure 6); at 0.5 a chessboard."""
     row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     rank = (row + column) % 2 * 2 + row % 2  # in each 2 x 2: 0 and 1 on a diagonal, then 2 and 3
     order = (rank.flatten() + torch.rand(math.prod(grid))).argsort()  # at random within a rank
@@ -147,7 +147,7 @@ def grid_mask(grid: tuple[int, int], ratio: float) -> Tensor:
 
 
 def block_mask(grid: tuple[int, int], ratio: float) -> Tensor:
-    """Masks large blocks (Figure 6), as BEiT does."""
+    """Masks blocks of about a fifth of the number or more (Figure 6), by BEiT's rule."""
     length = math.prod(grid)
     number = length - int(length * (1 - ratio))
     return data.blockwise_mask((1, *grid), number, min_area=number // 5)
@@ -157,11 +157,11 @@ MASKS = {"random": random_mask, "block": block_mask, "grid": grid_mask}
 
 
 def draw_mask(config: Pretrain | Show, grid: tuple[int, int], position: int) -> Tensor:
-    """The mask of a sample, (L,), or of S slices (SatMAE), (S * L,); `position` is not needed."""
+    """The mask of a sample, (L,), or of S slices (SatMAE), (S * L,); `position` is not used."""
     draw, slices = MASKS[config.masking], len(parse_bands(config.bands)) or config.dates
     if config.consistent:
         return draw(grid, config.mask_ratio).repeat(slices)
-    if config.masking == "random":  # among all tokens at once, which the SatMAE paper found better
+    if config.masking == "random":  # among all tokens; the SatMAE paper found it better than --consistent
         return draw((slices, *grid), config.mask_ratio)
     return torch.cat([draw(grid, config.mask_ratio) for _ in range(slices)])
 
@@ -204,7 +204,8 @@ class MAE(ViT):
         return (pixels - mean) / std, mean, std
 
     def decode(self, x: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
-        """Encoded class and visible tokens (B, 1+N, D) -> decoded tokens (B, L, decoder_dim)."""
+        """Encoded class and visible tokens (B, 1+N, D), positions (1 or B, 1+L, decoder_dim) ->
+        decoded tokens (B, L, decoder_dim)."""
         x = self.decoder_embed(x)  # (B, 1+N, decoder_dim)
         mask_tokens = self.mask_token.expand(len(x), positions.shape[1] - 1, -1)
         tokens = scatter_tokens(mask_tokens, visible, x[:, 1:])  # (B, L, decoder_dim)
@@ -249,7 +250,7 @@ def target_name(config: AutoencoderConfig) -> str:
 
 
 def mean_tokens(model: ViT, autocast: torch.autocast) -> Callable:
-    """A function images -> (B, D): the mean of the encoded patch tokens."""
+    """A function (images, *stamps) -> (B, D): the mean of the encoded patch tokens."""
     def encode(images, *stamps):
         with autocast:
             return model.eval().forward_features(images, *stamps)[:, 1:].float().mean(dim=1)
@@ -352,7 +353,8 @@ def pretrain(config: Pretrain) -> None:
         print(data.describe_variance_left(metrics, f"{target_name(config)} of {kind} images"))
         save_picture(model, masked_view, loader, config)
     if classes:
-        before = mean_tokens(new_model(config).to(device), autocast)
+        with contextlib.redirect_stdout(None):  # it says the same of --init as at the start
+            before = mean_tokens(new_model(config).to(device), autocast)
         data.print_probes({"before training": before, "after": encode}, train_view, val_view, loader)
     data.report_unreadable(train_source, val_source)
 
@@ -389,25 +391,26 @@ def new_classifier(config: Finetune | Linprobe, num_classes: int) -> ViT:
             if hasattr(model, name):
                 getattr(model, name).requires_grad_(True)
     if config.eval_only:  # with the head, which `load_encoder` leaves out where it does not fit
-        common.load_strictly(model, common.read_weights(config.init)[0], config.init)
+        weights = common.read_weights(config.init)[0] | {"pos_embed": model.pos_embed.data}  # of this image size
+        common.load_strictly(model, weights, config.init)
     return model
 
 
 def finetune(config: Finetune) -> None:
-    """Fine-tuning of the whole encoder for classification (Section 4, Table 9)."""
+    """Fine-tuning of the whole encoder for classification (Section 4)."""
     classify(config, config.layer_decay)
 
 
 def linprobe(config: Linprobe) -> None:
-    """Linear probing: a linear classifier on the frozen encoder (Table 10)."""
+    """Linear probing: a linear classifier on the frozen encoder (Table 10, but SGD for LARS)."""
     classify(config, layer_decay=1.0)
 
 
 def classify(config: Finetune | Linprobe, layer_decay: float) -> None:
     device = common.init_distributed(config.device)
     micro_batch = config.batch_size // (config.accumulate or 1) // common.get_world_size()
-    if isinstance(config, Linprobe) and micro_batch < 2:
-        raise UserError("BatchNorm needs at least 2 images in a micro-batch: raise --batch-size")
+    if isinstance(config, Linprobe) and micro_batch < 2 and not config.eval_only:
+        raise UserError("BatchNorm needs at least 2 images in a micro-batch: raise --batch-size or lower --accumulate")
     train_source, val_source, classes = data.open_sources(
         config.data, config.channels, labeled=True, dates=config.dates, scenes=bool(config.bands),
         tested=config.init if config.eval_only else None)
@@ -433,7 +436,7 @@ def classify(config: Finetune | Linprobe, layer_decay: float) -> None:
     else:
         crop = v2.RandomResizedCrop(config.image_size, (0.08, 1.0), interpolation=data.BICUBIC)
         augmentation, mix = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()]), None
-        optimizer = torch.optim.SGD(groups, lr=config.base_lr, momentum=0.9)
+        optimizer = torch.optim.SGD(groups, momentum=0.9)
     if config.eval_only:
         test(last=True)
     else:
@@ -465,10 +468,8 @@ def save_picture(model: MAE, samples: data.Samples, loader: data.Loader, config:
         columns = [unpatchify(column, model.patch_size, model.grid) for column in columns]
         row = torch.stack(columns, dim=1)  # (B, columns, C, H, W)
         row = row * loader.std[list(group)] + loader.mean[list(group)]
-        if config.bands or config.channels not in (1, 3):  # no photograph: stretch to [0, 1]
-            low = row[:, :1].amin((0, 1, 3, 4), keepdim=True)
-            high = row[:, :1].amax((0, 1, 3, 4), keepdim=True)
-            row = (row - low) / (high - low).clamp(min=1e-6)
+        if config.bands or not data.are_photographs(samples.source, config.channels):
+            row = common.stretch(row, row[:, :1])
         rows.append(row[:, :, :3] if row.shape[2] >= 3 else row[:, :, :1].expand(-1, -1, 3, -1, -1))
     pictures = torch.stack(rows, dim=1).flatten(0, 1)  # (B * groups, columns, 3, H, W)
     metrics = data.variance_left([predictions], model.grid)
@@ -499,7 +500,8 @@ def show(config: Show) -> None:
 
 # ------------------------------------------------------------------- SatMAE: many bands, many dates
 # "SatMAE: Pre-training Transformers for Temporal and Multi-Spectral Satellite Imagery", Cong et al.
-# 2022, arXiv 2207.08051: MAE with S slices, groups of bands or dates, each with a token a patch.
+# 2022, arXiv 2207.08051: MAE with S slices, groups of bands or dates, each with its own token at
+# every patch.
 
 
 def parse_bands(bands: str | None) -> tuple[tuple[int, ...], ...]:
@@ -605,7 +607,7 @@ class SatMAE(SatelliteViT, MAE):
     def decoder_positions(self, stamps: Tensor | None) -> Tensor:
         """(1 or B, 1 + S * L, decoder_dim), the class token's first."""
         if self.bands:
-            codes, class_code = self.decoder_channel_embed.tensor_split([-1], dim=1)
+            codes, class_code = self.decoder_channel_embed[:, :-1], self.decoder_channel_embed[:, -1:]
         else:
             codes = embed_stamps(stamps, self.decoder_date_width)
             class_code = torch.zeros_like(codes[:, :1])
@@ -613,13 +615,14 @@ class SatMAE(SatelliteViT, MAE):
         return torch.cat([class_position, slice_positions(self.decoder_pos_embed, codes)], dim=1)
 
     def predict(self, x: Tensor) -> list[Tensor]:
-        """Decoded tokens (B, S * L, decoder_dim) -> the predictions of each slice."""
+        """Decoded tokens (B, S * L, decoder_dim) -> for each slice predictions (B, L, P*P*its channels)."""
         x = x.chunk(self.slices, dim=1)
         if not self.bands:
             return [self.decoder_pred(part) for part in x]
         x = torch.cat([layer(part) for layer, part in zip(self.decoder_pred, x)], dim=2)
         x = x.unflatten(2, (-1, self.patch_size ** 2))  # (B, L, C, P*P)
-        # As published, output k predicts the k-th lowest band, in whatever order the groups are.
+        # As published, output k predicts the k-th lowest band. So with groups out of order a band may be
+        # predicted from the token of another group, even where its own is visible.
         used, predictions = sorted(sum(self.bands, ())), []
         for group in self.bands:
             output = select(x, 2, [used.index(band) for band in group])
@@ -666,12 +669,11 @@ LINPROBE_PRESETS = {
     "large": dict(epochs=50, warmup=0.2),
     "huge": dict(patch_size=14, epochs=50, warmup=0.2),
     "demo": DEMO_ENCODER | DEMO_RUN | dict(pool="mean", epochs=10, batch_size=256, warmup=0.1)}
-SHOW_PRESETS = {"huge": dict(patch_size=14), "demo": DEMO_ENCODER | DEMO_DECODER}
 
 TASKS = {"pretrain": (pretrain, Pretrain, PRETRAIN_PRESETS),
          "finetune": (finetune, Finetune, FINETUNE_PRESETS),
          "linprobe": (linprobe, Linprobe, LINPROBE_PRESETS),
-         "show": (show, Show, SHOW_PRESETS)}
+         "show": (show, Show, {})}
 
 
 def configure(task: str = "pretrain", preset: str | None = None, **given):

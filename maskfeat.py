@@ -2,8 +2,9 @@
 arXiv 2112.09133.
 
 Replace 40 % of the patches of an image or a video by a mask token and let a Vision Transformer
-predict, for each, not the pixels but their histogram of oriented gradients (HOG), which says where
-edges run and leaves out color and contrast. It needs no tokenizer, no teacher and no decoder.
+predict, for each, not the pixels but their histogram of oriented gradients (HOG): in which
+directions edges run, whatever their brightness and contrast. It needs no tokenizer, no teacher and
+no decoder.
 
     images (B, C, H, W), or clips (B, C, T, H, W)
       | cut into L patches (tubelets) and project                              (B, L, D)
@@ -11,7 +12,8 @@ edges run and leaves out color and contrast. It needs no tokenizer, no teacher a
       | prepend the class token                                                (B, 1 + L, D)
     ViT over the whole sequence                                                (B, 1 + L, D)
       | the M masked tokens, one linear layer                                  (B, M, K)
-      | squared error to the HOG of these patches, K = channels * bins * cells of a patch
+      | squared error to the HOG of these patches (of a tubelet: of its first frame),
+      | K = channels * bins * cells of a patch
     loss
 
     python maskfeat.py                                  pre-train on the photographs of scikit-image
@@ -41,7 +43,7 @@ import data
 from common import (Fraction, UserError, ViT, cosine_schedule, gather_tokens, patchify,
                     scatter_tokens, unpatchify)
 
-# ------------------------------------------- configuration: the paper's values, for ViT-B on images
+# ------------------------------------------- configuration: the published values, for ViT-B on images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class EncoderConfig:
     image_size: common.ImageSize = 224  # pixels, a number or HEIGHTxWIDTH
     patch_size: int = 16  # side of a patch, pixels
     channels: int = 3  # channels of the images
-    mean: tuple[float, ...] | None = None  # channel means, in [0, 1] (default: ImageNet's, or measured)
+    mean: tuple[float, ...] | None = None  # channel means, in the unit of the pixels (default: ImageNet's, or measured)
     std: tuple[float, ...] | None = None  # standard deviation of each channel (default: likewise)
     frames: int = 1  # frames of a clip; 1 for images
     tubelet: int = 1  # frames that one token spans
@@ -61,11 +63,11 @@ class EncoderConfig:
 class PredictionConfig:
     target: Literal["hog", "pixels"] = "hog"  # target: HOG, or pixels normalized by patch
     cell: int = 8  # side of a cell of HOG, pixels; a patch holds whole cells
-    masking: Literal["block", "cube", "tube", "frame", "random"] = "block"  # strategy; cube, tube, frame for clips
+    masking: Literal["block", "cube", "tube", "frame", "random"] = "block"  # images: block; clips: cube, tube, frame
     mask_ratio: Fraction = 0.4  # fraction of the tokens that are masked
 
     def __post_init__(self):
-        super().__post_init__()  # that of common.Task, the next parent of each config
+        super().__post_init__()  # of common.Training or Task, whichever comes next
         if self.masking != "random" and (self.masking == "block") != (self.frames == 1):
             kind = "images" if self.masking == "block" else "clips (--frames)"
             raise ValueError(f"--masking {self.masking} is for {kind}")
@@ -73,7 +75,7 @@ class PredictionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(PredictionConfig, EncoderConfig, common.Pretraining):
-    epochs: float | None = 300
+    epochs: float | None = 300  # length of the training in passes over the data; the paper's best have 1600
     batch_size: int = 2048
     base_lr: float = 2e-4
     min_lr: float = 1e-6  # learning rate at the end of the schedule
@@ -86,7 +88,7 @@ class Pretrain(PredictionConfig, EncoderConfig, common.Pretraining):
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(EncoderConfig, common.Classification):
-    views: int = 1  # clips of a video whose logits are averaged, in the last test
+    views: int = 1  # clips of a video of --data whose logits are averaged, in the last test
     epochs: float | None = 100
     batch_size: int = 2048
     base_lr: float = 2.5e-4
@@ -117,8 +119,9 @@ def gradients(images: Tensor) -> tuple[Tensor, Tensor]:
     """Horizontal and vertical gradient, (B, C, H, W) -> two of the same shape, in float32.
 
     The filter [[1, 0, -1], [2, 0, -2], [1, 0, -1]] and its transpose, summed in raster order, as in a
-    float32 convolution. Where an 8-bit image is flat, the terms cancel to 0 or, rounded, to +-1e-8,
-    whose sign decides between the first and last bin: another order or precision changes many cells.
+    float32 convolution. Where terms cancel, rounding leaves 0 or about +-1e-7, which decides between
+    the first and the last bin, and in a flat cell, after the L2 norm, between 0 and 1 in the first
+    one: another order or precision changes many cells.
     """
     padded = F.pad(images.float(), (1, 1, 1, 1), mode="reflect")
     H, W = images.shape[-2:]
@@ -158,8 +161,9 @@ def hog_targets(images: Tensor, patch: int = 16, cell: int = 8) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------ masking
-# A mask is a boolean tensor (L,) by ([times,] rows, columns), True = masked, round(ratio * L) in all.
-# Drawn from the generator that `data.Samples` seeds; `data.Loader` turns it into token indices.
+# A mask is a boolean tensor (L,) by ([times,] rows, columns), True = masked: round(ratio * L) tokens,
+# of tubes and frames in whole ones. `data.Samples` seeds the generator that draws it; `data.Loader`
+# turns it into token indices.
 
 
 def random_mask(grid: tuple[int, ...], ratio: float) -> Tensor:
@@ -170,19 +174,19 @@ def random_mask(grid: tuple[int, ...], ratio: float) -> Tensor:
 
 
 def block_mask(grid: tuple[int, int], ratio: float) -> Tensor:
-    """Blocks of an image, each of at least a fifth of the masked patches."""
+    """Blocks of an image, each about a fifth of the masked patches or more; single ones fill up."""
     number = round(ratio * math.prod(grid))
     return data.blockwise_mask((1, *grid), number, min_area=number // 5)
 
 
 def cube_mask(grid: tuple[int, int, int], ratio: float) -> Tensor:
-    """Blocks of at least a fifth of the frame, for a random number of time steps."""
+    """Blocks of about a fifth of the frame or more, for a random number of time steps."""
     number, area = round(ratio * math.prod(grid)), grid[1] * grid[2]
     return data.blockwise_mask(grid, number, min_area=area // 5, max_area=area, tries=100)
 
 
 def tube_mask(grid: tuple[int, int, int], ratio: float) -> Tensor:
-    """The same blocks at all times."""
+    """The same blocks at every time step."""
     return block_mask(grid[1:], ratio).repeat(grid[0])
 
 
@@ -373,7 +377,8 @@ def pretrain(config: Pretrain) -> None:
         print(data.describe_variance_left(metrics, f"{TARGETS[config.target]} of {kind} {unit}"))
         save_picture(model, masked_view, loader, config)
     if classes:
-        before = mean_tokens(new_model(config).to(device), autocast)
+        with contextlib.redirect_stdout(None):  # it says the same of --init as at the start
+            before = mean_tokens(new_model(config).to(device), autocast)
         data.print_probes({"before training": before, "after": encode}, train_view, val_view, loader)
     data.report_unreadable(train_source, val_source)
 
@@ -404,7 +409,8 @@ def new_classifier(config: Finetune, num_classes: int) -> Classifier:
     nn.init.trunc_normal_(model.head.weight, std=2e-5)
     nn.init.zeros_(model.head.bias)
     if config.eval_only:  # with the head, which `load_encoder` leaves out where it does not fit
-        common.load_strictly(model, common.read_weights(config.init)[0], config.init)
+        weights = common.read_weights(config.init)[0] | {"pos_embed": model.pos_embed.data}  # of this size
+        common.load_strictly(model, weights, config.init)
     return model
 
 
@@ -455,35 +461,34 @@ def save_picture(model: MaskFeat, samples: data.Samples, loader: data.Loader, co
     pred, targets, mask = (x.cpu().reshape(len(frames), -1, *x.shape[2:]) for x in (pred, targets, mask))
     mask = mask.unflatten(1, grid)
     width = max(224, 16 * frames.shape[-1] // model.cell)  # a cell of 16 pixels has room for strokes
-    frames = common.enlarge(frames * loader.std + loader.mean, width)
+    frames = frames * loader.std + loader.mean
+    if not data.are_photographs(samples.source, config.channels):
+        frames = common.stretch(frames, frames)
+    frames = common.enlarge(frames, width)
     is_masked = F.interpolate(mask[:, None].float(), frames.shape[-2:]) > 0
     pictures = {"input": frames, "visible patches": torch.where(is_masked, 0.5, frames)}
     name = TARGETS[model.target]
-    if model.target == "hog":
-        everywhere = torch.ones_like(mask)
-        pictures[name] = torch.stack([draw_hog(*x, model) for x in zip(frames, targets, everywhere)])
-        pictures[f"predicted {name}"] = torch.stack([draw_hog(*x, model) for x in zip(frames, pred, mask)])
-    else:
-        for title, values in ((name, targets), (f"predicted {name}", pred)):
-            values = 0.5 + 0.2 * unpatchify(values, model.patch_size, grid)
-            pictures[title] = common.enlarge(values, width)
-    for title in list(pictures)[2:]:
-        pictures[title] = common.outline(pictures[title], mask)
+    for title, values, drawn in ((name, targets, torch.ones_like(mask)), (f"predicted {name}", pred, mask)):
+        if model.target == "hog":
+            picture = torch.stack([draw_hog(*x, model) for x in zip(frames, values, drawn)])
+        else:
+            picture = common.enlarge(0.5 + 0.2 * unpatchify(values, model.patch_size, grid), width)
+        pictures[title] = common.outline(picture, mask)
     what = f"{name} of {'these images' if config.frames == 1 else 'this clip'}"
     caption = data.describe_variance_left(data.variance_left([predictions], model.grid), what)
     common.save_pictures(pictures, Path(config.out, "prediction.png"), caption)
 
 
-def draw_hog(image: Tensor, values: Tensor, mask: Tensor, model: MaskFeat) -> Tensor:
-    """An image (3, H, W), dimmed in masked patches, and over them HOG (L, K): a stroke for each bin."""
-    (rows, columns), n = mask.shape, model.patch_size // model.cell
+def draw_hog(image: Tensor, values: Tensor, drawn: Tensor, model: MaskFeat) -> Tensor:
+    """An image (3, H, W), dimmed in the patches `drawn`, and over them HOG (L, K): a stroke for each bin."""
+    (rows, columns), n = drawn.shape, model.patch_size // model.cell
     side = image.shape[2] // (columns * n)  # of a cell in the picture
     cells = values.reshape(rows, columns, -1, 9, n, n).mean(2).permute(0, 3, 1, 4, 2)
     cells = cells.reshape(rows * n, columns * n, 9)
-    dimmed = F.interpolate(1 - 0.6 * mask[None, None].float(), image.shape[-2:])[0]
+    dimmed = F.interpolate(1 - 0.6 * drawn[None, None].float(), image.shape[-2:])[0]
     canvas = v2.functional.to_pil_image(image * dimmed)
     draw = ImageDraw.Draw(canvas)
-    for i, j in mask.repeat_interleave(n, 0).repeat_interleave(n, 1).nonzero().tolist():
+    for i, j in drawn.repeat_interleave(n, 0).repeat_interleave(n, 1).nonzero().tolist():
         x, y = (j + 0.5) * side, (i + 0.5) * side
         for k in cells[i, j].argsort().tolist():  # the longest on top
             angle = (k + 0.5) / 9 * math.pi  # the gradient is (sin, cos), the edge across it
@@ -511,12 +516,13 @@ def show(config: Show) -> None:
 
 
 # ------------------------------------------------------------------------- presets, command line
-# The video presets are those published for MViTv2, applied to a ViT. The demos suit one CPU.
+# The video presets are those published for MViTv2-S, here for a ViT of any size. The demos suit one
+# CPU; they mask random patches or tubes, not the paper's blocks or cubes.
 DEMO_RUN = dict(log_every=20, save_every=300)
 SHOW_PRESETS = {
     "video": dict(tubelet=2, masking="cube"),
-    "demo": dict(size="nano", image_size=64, patch_size=8, masking="random", mask_ratio=0.4),
-    "demo_video": dict(image_size=48, patch_size=16, tubelet=2, masking="tube", mask_ratio=0.6)}
+    "demo": dict(size="nano", image_size=64, patch_size=8, masking="random"),
+    "demo_video": dict(image_size=48, patch_size=16, masking="tube", mask_ratio=0.6)}
 PRETRAIN_PRESETS = {
     "video": SHOW_PRESETS["video"] | dict(batch_size=512, base_lr=8e-4, warmup=10 / 300),
     "demo": SHOW_PRESETS["demo"] | DEMO_RUN | dict(
@@ -524,12 +530,12 @@ PRETRAIN_PRESETS = {
     "demo_video": SHOW_PRESETS["demo_video"] | dict(epochs=4.8, batch_size=32, base_lr=1.2e-2)}
 FINETUNE_PRESETS = {
     "large": dict(epochs=50, batch_size=1024, warmup=0.1, layer_decay=0.75),
-    "video": dict(tubelet=2, views=10, batch_size=512, base_lr=9.6e-3, warmup=0.2, clip_grad=5.0,
+    "video": dict(tubelet=2, views=10, epochs=100, batch_size=512, base_lr=9.6e-3, warmup=0.2, clip_grad=5.0,
                   layer_decay=0.75, randaugment=7.0),
     "demo": DEMO_RUN | dict(
         size="nano", image_size=64, patch_size=8, epochs=10, batch_size=128, base_lr=2e-3, warmup=0.1,
         clip_grad=None, layer_decay=0.75, drop_path=0.0, randaugment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0),
-    "demo_video": dict(image_size=48, patch_size=16, tubelet=2, views=1)}
+    "demo_video": dict(image_size=48, patch_size=16, views=1)}
 
 TASKS = {"pretrain": (pretrain, Pretrain, PRETRAIN_PRESETS),
          "finetune": (finetune, Finetune, FINETUNE_PRESETS),

@@ -1520,8 +1520,8 @@ def literal_masks(blocks, grid, step, context_times):
     times, rows, columns = grid
     pairs = []
     generators = [torch.Generator().manual_seed(common.derive_seed(0, common.MASK, 4 * step + b)) for b in range(4)]
-    for kind, (number, scale) in enumerate(blocks):
-        generator = torch.Generator().manual_seed(common.derive_seed(0, common.BLOCK_SIZE, kind, step))
+    for number, scale in blocks:
+        generator = torch.Generator().manual_seed(common.derive_seed(0, common.BLOCK_SIZE, step))
         aspect = 0.75 + torch.rand((), generator=generator).item() * (1.5 - 0.75)
         area = int(rows * columns * scale)
         height = min(int(round(math.sqrt(area * aspect))), rows)
@@ -1824,6 +1824,8 @@ def test_tasks_on_images_by_command_line(method, tiny, folder, tmp_path, monkeyp
     assert {"step", "loss", "lr", "top1", "top5"} <= set(record) and f"top-1 {record['top1']:.2f}" in report
     tested = printed("finetune", "--eval-only", "--data", folder, "--init", tmp_path / "f/last.pt")
     assert f"top-1 {record['top1']:.2f}" in tested
+    assert "of 12 validation samples" in printed(
+        "finetune", "--eval-only", "--data", folder, "--init", tmp_path / "f/last.pt", "--image-size", 48)
     image = next((folder / "test/coffee").glob("*.png"))
     printed("show", "--init", init, "--image", image, "--out", tmp_path / "s")
     picture, = (tmp_path / "s").glob("*.png")
@@ -2432,12 +2434,16 @@ def test_vjepa_by_command_line(demo, videos, folder, checkpoint, tmp_path, monke
 
     limits, extract = [], data.extract_features
     monkeypatch.setattr(data, "extract_features", lambda *rest: limits.append(rest[-1]) or extract(*rest))
-    printed = demo(vjepa, *pretraining, "--probe-labels", 0.01)
-    assert "validation samples: chance " in printed and limits == [60, 6000]  # the finished run is only probed again
+    printed = demo(vjepa, *pretraining, "--probe-labels", 0.5)  # the finished run is only probed again
+    assert "validation samples: chance " in printed and limits == [3, 6000]  # half of the six clips
 
     init = ["--init", out / "last.pt"]
     demo(vjepa, *data_flags, *init, "--steps", 1, "--out", tmp_path / "more")  # the same model and masks
     assert common.read_checkpoint(tmp_path / "more/last.pt")["settings"]["masking"] == "multiblock"
+    for masking, other in (("tube", init), ("multiblock", ["--init", tmp_path / "tube/last.pt"])):  # other mask tokens
+        demo(vjepa, *data_flags, *other, "--masking", masking, "--steps", 1, "--out", tmp_path / masking)
+        weights = common.read_weights(tmp_path / masking / "last.pt")[0]
+        assert sum("mask_tokens" in name for name in weights) == len(vjepa.MASKS[masking])
     one_sentence(vjepa, [*data_flags, "--init", checkpoint], "needs clips", tmp_path, monkeypatch, capsys)  # of images
 
     probe = ["probe", *data_flags, "--segments", 2, "--views", 3]
@@ -3067,6 +3073,17 @@ def test_the_picture_shows_what_the_prediction_gets_back(normalized, folder, tmp
         means = original.mean(dim=2, keepdim=True).expand_as(original)
         assert torch.allclose(between[0][masked], means[masked], atol=1e-5)
         assert not torch.allclose(between[0][masked], reconstruction[masked], atol=1e-3)
+
+
+def test_pictures_of_other_numbers_than_bytes_are_stretched(tmp_path, monkeypatch):
+    generator, shown = np.random.default_rng(0), {}
+    for i in range(4):
+        np.save(tmp_path / f"{i}.npy", generator.normal(3000, 500, (40, 40, 3)).astype(np.float32))
+    monkeypatch.setattr(common, "save_pictures", lambda columns, *_: shown.update(columns))
+    for method, flags in ((mae, TINY_FLAGS), (maskfeat, MASKFEAT_FLAGS)):
+        main(monkeypatch, "--data", tmp_path, *flags, "--steps", 1, "--out", tmp_path / method.__name__, method=method)
+        assert shown["input"].min() < 0.01 and shown["input"].max() > 0.99
+        assert 0.1 < shown["input"].std() < 0.3
 
 
 @pytest.mark.parametrize("task", ["mae", "maskfeat", "vjepa"])
@@ -3757,13 +3774,19 @@ def test_published_code_of_vjepa_masks(published_code):
     collators, = published_code("jepa", "src.masks.multiblock3d")
     torch.manual_seed(0)
     collator = collators.MaskCollator(jepa_config()["mask"], 224, 16, 16, 2)
-    theirs, ours = [], []
+    theirs, ours, products = [], [], []
     for position in range(2000):
         _, visible, masked = collator([torch.zeros(1)])
         theirs.append(torch.cat([mask_of(ids, 1568) for ids in masked]))
         with torch.random.fork_rng():
             torch.manual_seed(common.derive_seed(0, common.MASK, position))
             ours.append(vjepa.draw_masks(mask_config(batch_size=1), (8, 14, 14), position).float())
+    for draws in (theirs, ours):
+        lengths = torch.stack(draws).double().mean(dim=2)  # both from blocks of one aspect ratio
+        products.append((lengths[:, 0] - lengths[:, 0].mean()) * (lengths[:, 1] - lengths[:, 1].mean()))
+    a, b = products
+    error = (a.mean() - b.mean()).abs() / ((a.var() + b.var()) / 2000).sqrt()
+    note("V-JEPA masks, standard errors", 4, covariance=error.item())
     for kind in (0, 1):
         statistics = []
         for draws in (theirs, ours):

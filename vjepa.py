@@ -6,20 +6,20 @@ an exponential moving average of the encoder has for them. What no one can predi
 and noise, need not be in the features.
 
     clips (B, C, T, H, W)
-      | cut into tubelets (2 frames of a 16 x 16 patch), project, add positions         (B, L, D)
       |
-      |-- encoder: a ViT on the N visible tokens alone (the context)                    (B, N, D)
+      |-- encoder: cut into tubelets (2 frames of a 16 x 16 patch), project, add positions  (B, L, D)
+      |     | for each mask: a ViT on the N visible tokens alone (the context)              (B, N, D)
       |     | project, add positions, append a mask token with its position
-      |     | for each of the M masked tokens (the targets)                             (B, N+M, ...)
-      |   predictor: a narrow ViT; take the last M, project                             (B, M, D)
-      |                                                                                   L1 |
-      |-- target encoder: the moving average, on all tokens                             (B, L, D)
-            | LayerNorm, take the masked tokens, no gradient                            (B, M, D)
+      |     | for each of the M masked tokens (the targets)                           (B, N+M, ...)
+      |   predictor: a narrow ViT; take the last M, project                                 (B, M, D)
+      |                                                                                       L1 |
+      |-- target encoder: the moving average of the whole encoder, once, on all tokens      (B, L, D)
+            | LayerNorm without weights, take the masked tokens, no gradient                (B, M, D)
 
 The paper calls the two encoders x-encoder and y-encoder. Each clip has two masks, many small blocks
 (short-range) and few large ones (long-range); the loss is averaged over the two.
 
-    python vjepa.py                                 pre-train on clips of a camera over collages
+    python vjepa.py               the demo: clips of a camera over collages, one mask of random tubes
     torchrun --nproc_per_node=8 vjepa.py --data DIR     the paper's settings on your videos, 8 GPUs
     python vjepa.py probe --data DIR --init runs/vjepa/last.pt      attentive probe, frozen encoder
     python vjepa.py finetune --data DIR --init runs/vjepa/last.pt
@@ -29,7 +29,6 @@ import contextlib
 import copy
 import functools
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import common
 import data
@@ -56,7 +54,7 @@ class EncoderConfig:
     image_size: common.ImageSize = 224  # pixels, a number or HEIGHTxWIDTH
     patch_size: int = 16  # side of a patch, pixels
     channels: int = 3  # channels of the frames
-    mean: tuple[float, ...] | None = None  # channel means, in [0, 1] (default: ImageNet's, or measured)
+    mean: tuple[float, ...] | None = None  # channel means, in the unit of the pixels (default: ImageNet's, or measured)
     std: tuple[float, ...] | None = None  # standard deviation of each channel (default: likewise)
     frames: int = 16  # frames of a clip
     tubelet: int = 2  # frames that one token spans
@@ -64,17 +62,17 @@ class EncoderConfig:
     still: bool = False  # data of images, each of which is repeated in time (default: as in --init)
 
     def __post_init__(self):
-        super().__post_init__()  # that of common.Task, the next parent of each config
+        super().__post_init__()  # of common.Training, Classification or Task, whichever comes next
         if self.frames < 2:
-            raise ValueError("V-JEPA needs clips of several frames: --frames above 1, an --init of clips, or "
-                             "--still, which repeats images in time")
+            raise ValueError("V-JEPA needs clips of several frames: --frames of 2 or more, and an --init of clips, if "
+                             "any; for a data set of images add --still, which repeats each as a clip")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingConfig:
-    masking: Literal["multiblock", "block", "tube"] = "multiblock"  # masking strategy, the same at all times
-    mask_ratio: Fraction = 0.9  # fraction of the frame that block and tube mask
-    context_frames: int | None = None  # mask all frames after the first n (default: no limit)
+    masking: Literal["multiblock", "block", "tube"] = "multiblock"  # masking strategy, alike in all frames
+    mask_ratio: Fraction = 0.9  # fraction of the frame that tube masks, and about what block does
+    context_frames: int | None = None  # mask everything after the first n frames, in whole tubelets (default: no limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,24 +87,24 @@ class Pretrain(EncoderConfig, MaskingConfig, PredictionConfig, common.Pretrainin
     steps: int | None = 90_000
     batch_size: int = 3072
     base_lr: float = 6.25e-4 * 256 / 3072
-    start_lr: Fraction = 0.32  # first learning rate of the warm-up, as a fraction of the last
+    start_lr: Fraction = 0.32  # where the warm-up starts, as a fraction of the peak learning rate
     min_lr: float = 1e-6  # learning rate at the end of the schedule
     warmup: Fraction = 40 / 300
     weight_decay: float = 0.04  # weight decay of AdamW at the start of the schedule
     final_weight_decay: float = 0.4  # weight decay of AdamW at its end
-    momentum: Fraction = 0.998  # momentum of the target encoder at the start of the schedule
-    final_momentum: Fraction = 1.0  # momentum of the target encoder at its end
+    momentum: Fraction = 0.998  # m in target = m * target + (1 - m) * encoder, at the start of the schedule
+    final_momentum: Fraction = 1.0  # the same at its end
     schedule_scale: Annotated[float, 1, math.inf] = 1.25  # schedules span this multiple of the training
     clip_grad: float | None = 10.0  # maximum gradient norm of encoder and of predictor, after warm-up
     flip: bool = True  # horizontal flip of half of the training samples
-    probe_labels: Fraction = 1.0  # fraction of the training clips that the last probes use
+    probe_labels: Fraction = 1.0  # fraction of the training clips that the ridge and k-NN probes at the end use
     out: str = "runs/vjepa"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(EncoderConfig, common.Classification):
     segments: int = 8  # clips of each video, whose tokens the probe attends to together
-    views: int = 3  # squares that a test cuts a clip into, whose probabilities are averaged
+    views: int = 3  # crops of each clip in a test, whose probabilities are averaged
     epochs: float | None = 20
     batch_size: int = 256
     base_lr: float = 1e-3
@@ -148,17 +146,18 @@ class Show(EncoderConfig, MaskingConfig, PredictionConfig, common.Task):
 TARGETS = {"latent": "features", "pixels": "normalized pixels"}
 
 # ------------------------------------------------------------------------------------------ masking
-# A mask is a boolean tensor (L,) in the order (times, rows, columns), True = masked, drawn from the
-# generator that `data.Samples` seeds; `data.Loader` turns it into indices, `visible` and `masked`.
+# A mask is a boolean tensor (L,) in the order (times, rows, columns), True = masked. `data.Samples`
+# seeds the generator that draws it. `data.Loader` turns the masks of a batch into indices, `visible`
+# and `masked`, each cut to the shortest of the batch: what is cut is neither seen nor predicted.
 
 MASKS = {  # for each mask of a clip: blocks, fraction of the frame in each (None: mask_ratio)
     "multiblock": [(8, 0.15), (2, 0.7)],  # short-range, long-range
     "block": [(1, None)],
-    "tube": [(0, None)]}  # one mask, whose numbers `tube_mask` does not need
+    "tube": [(1, None)]}  # random patches
 
 
 def sample_block_size(grid: tuple[int, int, int], scale: float, generator: torch.Generator) -> tuple[int, int]:
-    """(height, width) of a block in tokens: a fraction of the frame, aspect ratio 0.75 to 1.5."""
+    """(height, width) of a block in tokens: a fraction of the frame, height / width 0.75 to 1.5."""
     rows, columns = grid[1:]
     aspect = 0.75 + 0.75 * torch.rand((), generator=generator).item()
     area = int(scale * rows * columns)
@@ -169,10 +168,9 @@ def sample_block_size(grid: tuple[int, int, int], scale: float, generator: torch
     return height, width
 
 
-def multiblock_mask(grid: tuple[int, int, int], num_blocks: int, block_size: tuple[int, int],
-                    context_times: int | None = None) -> Tensor:
-    """Blocks at random positions, at all times; after `context_times`, everything: (L,)."""
-    times, rows, columns = grid
+def multiblock_mask(grid: tuple[int, int, int], num_blocks: int, block_size: tuple[int, int]) -> Tensor:
+    """Blocks at random places of a frame: (rows, columns)."""
+    _, rows, columns = grid
     height, width = block_size
     frame = torch.ones(rows, columns, dtype=torch.bool)
     while frame.all():  # drawn again if nothing is visible
@@ -181,33 +179,32 @@ def multiblock_mask(grid: tuple[int, int, int], num_blocks: int, block_size: tup
             top = int(torch.randint(rows - height + 1, ()))
             left = int(torch.randint(columns - width + 1, ()))
             frame[top:top + height, left:left + width] = True
-    mask = frame.repeat(times, 1, 1)
-    mask[context_times or times:] = True
-    return mask.flatten()
+    return frame
 
 
-def tube_mask(grid: tuple[int, int, int], ratio: float, context_times: int | None = None) -> Tensor:
-    """Random patches, the same at all times; after `context_times`, everything: (L,)."""
-    times, length = grid[0], grid[1] * grid[2]
+def tube_mask(grid: tuple[int, int, int], ratio: float) -> Tensor:
+    """Random patches of a frame: (rows, columns)."""
+    length = grid[1] * grid[2]
     frame = torch.ones(length, dtype=torch.bool)
     frame[torch.randperm(length)[:max(1, int(length * (1 - ratio)))]] = False
-    mask = frame.repeat(times, 1)
-    mask[context_times or times:] = True
-    return mask.flatten()
+    return frame.view(grid[1:])
 
 
 def draw_masks(config: Pretrain | Show, grid: tuple[int, int, int], position: int) -> Tensor:
-    """Masks (kinds, L) of the run's sample number `position`; a batch shares its block sizes."""
-    context_times = max(1, config.context_frames // config.tubelet) if config.context_frames else None
-    if config.masking == "tube":
-        return tube_mask(grid, config.mask_ratio, context_times)[None]
-    masks, step = [], position // getattr(config, "batch_size", 1)  # `show` has no batches
-    for kind, (num_blocks, scale) in enumerate(MASKS[config.masking]):
-        seed = common.derive_seed(config.seed, common.BLOCK_SIZE, kind, step)
-        generator = torch.Generator().manual_seed(seed)
-        block_size = sample_block_size(grid, scale or config.mask_ratio, generator)
-        masks.append(multiblock_mask(grid, num_blocks, block_size, context_times))
-    return torch.stack(masks)
+    """Masks (kinds, L) of sample number `position` of the run; a batch shares its block sizes."""
+    frames, step = [], position // getattr(config, "batch_size", 1)  # `show` has no batches
+    seed = common.derive_seed(config.seed, common.BLOCK_SIZE, step)
+    for num_blocks, scale in MASKS[config.masking]:
+        if config.masking == "tube":
+            frames.append(tube_mask(grid, config.mask_ratio))
+        else:  # from the same seed, both masks of a clip have the same aspect ratio, as published
+            generator = torch.Generator().manual_seed(seed)
+            block_size = sample_block_size(grid, scale or config.mask_ratio, generator)
+            frames.append(multiblock_mask(grid, num_blocks, block_size))
+    masks = torch.stack(frames)[:, None].repeat(1, grid[0], 1, 1)  # (kinds, times, rows, columns)
+    if config.context_frames:
+        masks[:, max(1, config.context_frames // config.tubelet):] = True
+    return masks.flatten(1)
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -223,7 +220,7 @@ class Predictor(nn.Module):
                  kinds: int, out_dim: int):
         super().__init__()
         self.predictor_embed = nn.Linear(dim, width)
-        self.mask_tokens = nn.ParameterList(torch.zeros(1, 1, width) for _ in range(kinds))  # as published
+        self.mask_tokens = nn.ParameterList(torch.zeros(1, 1, width) for _ in range(kinds))  # zero, as published
         self.predictor_pos_embed = nn.Parameter(sincos(width, grid)[None], requires_grad=False)
         self.predictor_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
@@ -244,7 +241,8 @@ class Predictor(nn.Module):
 class VJEPA(nn.Module):
     """Encoder, predictor, and target encoder: an exponential moving average (EMA) of the encoder.
 
-    kinds: as in `Predictor`. target: "latent" or "pixels". Others: as in `ViT`.
+    kinds: masks per clip. target: "latent" or "pixels". predictor_dim, predictor_depth: width and
+    blocks of the predictor. Others: as in `ViT`.
     """
 
     def __init__(self, size: str = "large", image_size: int | tuple[int, int] = 224, patch_size: int = 16,
@@ -299,18 +297,26 @@ class VJEPA(nn.Module):
 # ------------------------------------------------------------------------------------- pre-training
 
 
-def new_model(config: Pretrain | Show, kinds: int | None = None) -> VJEPA:
+def new_model(config: Pretrain | Show) -> VJEPA:
     """The model before training, the same for the same seed; with --init that of the checkpoint."""
     torch.manual_seed(config.seed)
+    kinds = wanted = len(MASKS[config.masking])
+    if config.init:
+        names = common.read_weights(config.init)[0]
+        kinds = sum(name.startswith("predictor.mask_tokens.") for name in names) or wanted
     model = common.build(VJEPA, config.size, config.image_size, config.patch_size,
                          config.channels, config.frames, config.tubelet, config.predictor_dim,
-                         config.predictor_depth, kinds or len(MASKS[config.masking]), config.target)
+                         config.predictor_depth, kinds, config.target)
     if not draw_masks(config, model.grid, 0).any(dim=1).all():
         patches = math.prod(model.grid[1:])
         raise UserError(f"--masking {config.masking} masks none of the {patches} patches of a "
                         "frame: raise --image-size or --mask-ratio")
     if config.init:
         common.load_model(model, config.init, ("predictor.",))
+    tokens = model.predictor.mask_tokens
+    while len(tokens) < wanted:  # a mask that --init was not trained with starts from the last token
+        tokens.append(tokens[-1].detach().clone())
+    model.predictor.mask_tokens = tokens[:wanted]
     return model
 
 
@@ -318,7 +324,7 @@ def mean_tokens(encoder: ViT, autocast: torch.autocast) -> Callable:
     """A function clips -> (B, times * D): tokens, normalized as targets, averaged over space."""
     def encode(clips):
         with autocast:
-            tokens = encoder.eval().forward_features(clips).float()
+            tokens = encoder.forward_features(clips).float()
         tokens = F.layer_norm(tokens, (encoder.dim,))
         return tokens.unflatten(1, (encoder.grid[0], -1)).mean(dim=2).flatten(1)
     return encode
@@ -341,10 +347,10 @@ def masked_predictions(model: VJEPA, autocast: torch.autocast) -> Callable:
 def warn_of_collapse(metrics: dict[str, float], target: str) -> None:
     """Warn of a collapse; both metrics are free of scale, and an untrained encoder's std is about 0.5."""
     std, rank = metrics.get("feature_std", 1.0), metrics.get("effective_rank", 2.0)
-    if (std < 0.15 or rank < 2) and common.get_rank() == 0:
+    if std < 0.15 or rank < 2:
         advice = "--momentum or --batch-size" if target == "latent" else "--batch-size"
-        tqdm.write(f"warning: the features collapse (feature std {std:.3f}, effective rank {rank:.1f}): all "
-                   f"clips have nearly the same. Lower --base-lr, or raise {advice}", sys.stderr)
+        common.print_once(f"warning: the features collapse (feature std {std:.3f}, effective rank {rank:.1f}): all "
+                          f"clips have nearly the same. Lower --base-lr, or raise {advice}")
 
 
 def pretrain(config: Pretrain) -> None:
@@ -421,7 +427,7 @@ def pretrain(config: Pretrain) -> None:
                 metrics = data.evaluate_features(encode, train_view, val_view, loader, config.evaluate_samples, classes)
                 metrics |= data.evaluate_predictions(predict, model.grid, masked_view, loader, config.evaluate_samples)
                 warn_of_collapse(metrics, config.target)
-            if last or stopped or metrics or config.log_due(done):
+            if metrics or stopped or config.log_due(done):
                 log.write(done, losses, scaler, lr=lr, momentum=momentum, **metrics)
             checkpoints.save(done, metrics, now=bool(last or stopped))
             if stopped:
@@ -439,8 +445,8 @@ def pretrain(config: Pretrain) -> None:
     if classes:
         before = mean_tokens(new_model(config).to(device).target_encoder, autocast)
         limit = 15 * config.evaluate_samples
-        data.print_probes({"before training": before, "after": encode}, train_view, val_view, loader,
-                          max(2, round(config.probe_labels * limit)), limit)
+        labels = max(2, round(config.probe_labels * min(limit, len(train_source))))
+        data.print_probes({"before training": before, "after": encode}, train_view, val_view, loader, labels, limit)
     data.report_unreadable(train_source, val_source)
 
 
@@ -455,7 +461,7 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim).requires_grad_(False)  # as published, never used
+        self.proj = nn.Linear(dim, dim).requires_grad_(False)  # unused in the published code too, but in its files
 
     def forward(self, query: Tensor, x: Tensor) -> Tensor:
         q = self.q(query).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, 1, D/heads)
@@ -488,7 +494,7 @@ class AttentiveClassifier(nn.Module):
         self.pooler.cross_attention_block = CrossAttentionBlock(dim, heads)
         self.pooler.apply(init_weights)
         nn.init.trunc_normal_(self.pooler.query_tokens, std=0.02)
-        with torch.no_grad():  # as published, by the depth of the block, here 1
+        with torch.no_grad():  # as published: by sqrt(2 * depth), for a depth of 1
             self.pooler.cross_attention_block.mlp.fc2.weight.div_(math.sqrt(2))
         self.linear = nn.Linear(dim, num_classes)
 
@@ -517,17 +523,16 @@ class Classifier(nn.Module):
 
 
 def new_classifier(config: Probe | Finetune, num_classes: int) -> Classifier:
-    """The encoder in --init or a new one, with a new probe; with --eval-only that classifier."""
+    """The encoder in --init or a new one, with a new probe; with --eval-only that of a checkpoint."""
     torch.manual_seed(config.seed)
-    is_probe = not isinstance(config, Finetune)
     arguments = {"image_size": config.image_size, "frames": config.frames,
-                 "tubelet": config.tubelet, "drop_path": 0.0 if is_probe else config.drop_path}
+                 "tubelet": config.tubelet, "drop_path": getattr(config, "drop_path", 0.0)}
     if config.init:
         encoder = common.load_encoder(config.init, **arguments)
     else:
         encoder = common.build(ViT, config.size, patch_size=config.patch_size,
                                channels=config.channels, class_token=False, **arguments)
-    if is_probe:
+    if not isinstance(config, Finetune):
         encoder.requires_grad_(False)
     torch.manual_seed(config.seed)  # the same probe for any encoder
     model = Classifier(encoder, num_classes)
@@ -591,7 +596,7 @@ def classify(config: Probe | Finetune, layer_decay: float) -> None:
 
 
 def pca_colors(tokens: Tensor, *others: Tensor) -> list[Tensor]:
-    """Tokens (L, D), and others by the same principal components, the first three, as colors."""
+    """Colors of tokens (L, D), and of others, by the first three principal components of the first."""
     mean = tokens.mean(dim=0)
     components = torch.linalg.svd(tokens - mean, full_matrices=False).Vh[:3].T  # (D, 3)
     values = (tokens - mean) @ components  # (L, 3)
@@ -615,7 +620,10 @@ def save_picture(model: VJEPA, samples: data.Samples, loader: data.Loader, confi
 
     times = data.evenly_spaced(model.grid[0], 8)
     frames = batch[0][0, :, ::config.tubelet].transpose(0, 1)[times]  # (times, C, H, W)
-    frames = common.enlarge(frames * loader.std + loader.mean)
+    frames = frames * loader.std + loader.mean
+    if not data.are_photographs(samples.source, config.channels):
+        frames = common.stretch(frames, frames)
+    frames = common.enlarge(frames)
 
     def by_time(x):  # (L, C) -> (times, C, H, W)
         x = x.float().unflatten(0, model.grid)[times].movedim(3, 1)
@@ -645,16 +653,13 @@ def show(config: Show) -> None:
         frames=1 if still else config.frames, frame_stride=config.frame_stride)
     source = val_source or train_source
     loader = data.Loader(*data.mean_and_std(config, source), device)
-    weights, _ = common.read_weights(config.init)
-    kinds = sum(name.startswith("predictor.mask_tokens.") for name in weights)  # 0: no predictor
-    model = new_model(config, kinds or 1).to(device)
-    tokens = model.predictor.mask_tokens
-    while len(tokens) < len(MASKS[config.masking]):  # for masks that were not trained: the last token again
-        tokens.append(tokens[-1])
+    model = new_model(config).to(device)
+    names = common.read_weights(config.init)[0]
+    with_predictor = any(name.startswith("predictor.") for name in names)
     clip = functools.partial(data.single_clip, frames=config.frames)
     view = v2.Compose([data.CenterCrop(config.image_size), clip])
     draw = functools.partial(draw_masks, config, model.grid)
-    save_picture(model, data.Samples(source, view, config.seed, draw), loader, config, kinds > 0)
+    save_picture(model, data.Samples(source, view, config.seed, draw), loader, config, with_predictor)
 
 
 # ------------------------------------------------------------------------- presets, command line
@@ -670,12 +675,11 @@ PROBE_PRESETS = {
     "demo": DEMO_ENCODER | DEMO_RUN | dict(
         segments=1, views=1, epochs=5, batch_size=64, base_lr=4e-3, randaugment=0.0, erasing=0.0)}
 FINETUNE_PRESETS = {"demo": PROBE_PRESETS["demo"] | dict(epochs=3, drop_path=0.0)}
-SHOW_PRESETS = {"demo": DEMO_ENCODER | DEMO_MASKING}
 
 TASKS = {"pretrain": (pretrain, Pretrain, PRETRAIN_PRESETS),
          "probe": (probe, Probe, PROBE_PRESETS),
          "finetune": (finetune, Finetune, FINETUNE_PRESETS),
-         "show": (show, Show, SHOW_PRESETS)}
+         "show": (show, Show, {"demo": DEMO_MASKING})}
 
 
 def configure(task: str = "pretrain", preset: str | None = None, **given):
