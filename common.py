@@ -1036,7 +1036,7 @@ def enlarge(pictures: Tensor, width: int = 224) -> Tensor:
 
 
 def stretch(pixels: Tensor, reference: Tensor) -> Tensor:
-    """Pixels (..., C, H, W), of no photograph, so that each channel of `reference` is from 0 to 1."""
+    """Pixels (..., C, H, W), scaled by channel so that those of `reference` lie in [0, 1]."""
     others = [axis for axis in range(pixels.ndim) if axis != pixels.ndim - 3]
     low, high = reference.amin(others, keepdim=True), reference.amax(others, keepdim=True)
     return (pixels - low) / (high - low).clamp(min=1e-6)

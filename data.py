@@ -695,7 +695,7 @@ def mean_and_std(config, source: Dataset) -> tuple[list[float], list[float]]:
 
 
 def are_photographs(source: Dataset, channels: int) -> bool:
-    """Whether images have 1 or 3 channels of bytes or in [0, 1]: as they are, they can be shown."""
+    """Whether images have 1 or 3 channels of bytes or in [0, 1], which can be shown as they are."""
     if channels not in (1, 3):
         return False
     if not isinstance(source, Files):

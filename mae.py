@@ -39,7 +39,7 @@ import data
 from common import (Block, Fraction, PatchEmbed, UserError, ViT, cosine_schedule, gather_tokens,
                     patchify, scatter_tokens, sincos, sincos_1d, unpatchify)
 
-# ----------------------------------------------------- configuration: the published values, for ViT-B
+# ------------------------------------------------- configuration: the published values, for ViT-B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class Linprobe(EncoderConfig, common.Classification):  # Table 10, but SGD for L
 
 @dataclass(frozen=True, kw_only=True)
 class Show(EncoderConfig, AutoencoderConfig, common.Task):
-    norm_pix_loss: bool = False  # predictions are normalized per patch (default: as the checkpoint says, else no)
+    norm_pix_loss: bool = False  # predictions normalized per patch (default: as the checkpoint says, else no)
     image: str | None = None  # photograph or other image, with --dates a folder of them (default: some of --data)
     out: str = "runs/mae-show"  # folder of the picture
 
@@ -353,8 +353,7 @@ def pretrain(config: Pretrain) -> None:
         print(data.describe_variance_left(metrics, f"{target_name(config)} of {kind} images"))
         save_picture(model, masked_view, loader, config)
     if classes:
-        with contextlib.redirect_stdout(None):  # it says the same of --init as at the start
-            before = mean_tokens(new_model(config).to(device), autocast)
+        before = mean_tokens(new_model(config).to(device), autocast)
         data.print_probes({"before training": before, "after": encode}, train_view, val_view, loader)
     data.report_unreadable(train_source, val_source)
 

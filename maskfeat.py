@@ -43,7 +43,7 @@ import data
 from common import (Fraction, UserError, ViT, cosine_schedule, gather_tokens, patchify,
                     scatter_tokens, unpatchify)
 
-# ------------------------------------------- configuration: the published values, for ViT-B on images
+# --------------------------------------- configuration: the published values, for ViT-B on images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class EncoderConfig:
 class PredictionConfig:
     target: Literal["hog", "pixels"] = "hog"  # target: HOG, or pixels normalized by patch
     cell: int = 8  # side of a cell of HOG, pixels; a patch holds whole cells
-    masking: Literal["block", "cube", "tube", "frame", "random"] = "block"  # images: block; clips: cube, tube, frame
+    masking: Literal["block", "cube", "tube", "frame", "random"] = "block"  # masking strategy: block (images), cube, tube, frame (clips), random
     mask_ratio: Fraction = 0.4  # fraction of the tokens that are masked
 
     def __post_init__(self):
@@ -75,7 +75,7 @@ class PredictionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(PredictionConfig, EncoderConfig, common.Pretraining):
-    epochs: float | None = 300  # length of the training in passes over the data; the paper's best have 1600
+    epochs: float | None = 300  # length of the training in passes over the data (the paper's best: 1600)
     batch_size: int = 2048
     base_lr: float = 2e-4
     min_lr: float = 1e-6  # learning rate at the end of the schedule
@@ -377,8 +377,7 @@ def pretrain(config: Pretrain) -> None:
         print(data.describe_variance_left(metrics, f"{TARGETS[config.target]} of {kind} {unit}"))
         save_picture(model, masked_view, loader, config)
     if classes:
-        with contextlib.redirect_stdout(None):  # it says the same of --init as at the start
-            before = mean_tokens(new_model(config).to(device), autocast)
+        before = mean_tokens(new_model(config).to(device), autocast)
         data.print_probes({"before training": before, "after": encode}, train_view, val_view, loader)
     data.report_unreadable(train_source, val_source)
 

@@ -3080,11 +3080,12 @@ def test_pictures_of_other_numbers_than_bytes_are_stretched(tmp_path, monkeypatc
     generator, shown = np.random.default_rng(0), {}
     for i in range(4):
         np.save(tmp_path / f"{i}.npy", generator.normal(3000, 500, (40, 40, 3)).astype(np.float32))
-    monkeypatch.setattr(common, "save_pictures", lambda columns, *_: shown.update(columns))
-    for method, flags in ((mae, TINY_FLAGS), (maskfeat, MASKFEAT_FLAGS)):
+    monkeypatch.setattr(common, "save_pictures", lambda pictures, *_, **__: shown.update(pictures))
+    for method, flags in ((mae, TINY_FLAGS), (maskfeat, MASKFEAT_FLAGS), (vjepa, [*VJEPA_FLAGS, "--still"])):
+        shown.clear()
         main(monkeypatch, "--data", tmp_path, *flags, "--steps", 1, "--out", tmp_path / method.__name__, method=method)
-        assert shown["input"].min() < 0.01 and shown["input"].max() > 0.99
-        assert 0.1 < shown["input"].std() < 0.3
+        images = next(iter(shown.values()))
+        assert images.min() < 0.01 and images.max() > 0.99 and 0.1 < images.std() < 0.3
 
 
 @pytest.mark.parametrize("task", ["mae", "maskfeat", "vjepa"])
@@ -3804,7 +3805,7 @@ def test_published_code_of_vjepa_masks(published_code, monkeypatch):
         a, b = statistics
         errors = (a.mean(0) - b.mean(0)).abs() / ((a.var(0) + b.var(0)) / 2000).sqrt()
         errors.nan_to_num_(0)  # 0 / 0 in the middle, which large blocks always mask
-        names = ("length", "its square", "places")
+        names = ("length", "its square", "positions")
         note("V-JEPA masks, standard errors", 4, **dict(zip(names, [*errors[:2].tolist(), errors[2:].max().item()])))
 
 

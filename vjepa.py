@@ -71,7 +71,7 @@ class EncoderConfig:
 @dataclass(frozen=True, kw_only=True)
 class MaskingConfig:
     masking: Literal["multiblock", "block", "tube"] = "multiblock"  # masking strategy, alike in all frames
-    mask_ratio: Fraction = 0.9  # fraction of the frame that tube masks, and about what block does
+    mask_ratio: Fraction = 0.9  # fraction of the frame that block, about, and tube mask
     context_frames: int | None = None  # mask everything after the first n frames, in whole tubelets (default: no limit)
 
 
@@ -92,8 +92,8 @@ class Pretrain(EncoderConfig, MaskingConfig, PredictionConfig, common.Pretrainin
     warmup: Fraction = 40 / 300
     weight_decay: float = 0.04  # weight decay of AdamW at the start of the schedule
     final_weight_decay: float = 0.4  # weight decay of AdamW at its end
-    momentum: Fraction = 0.998  # m in target = m * target + (1 - m) * encoder, at the start of the schedule
-    final_momentum: Fraction = 1.0  # the same at its end
+    momentum: Fraction = 0.998  # momentum of the target encoder at the start of the schedule
+    final_momentum: Fraction = 1.0  # momentum of the target encoder at its end
     schedule_scale: Annotated[float, 1, math.inf] = 1.25  # schedules span this multiple of the training
     clip_grad: float | None = 10.0  # maximum gradient norm of encoder and of predictor, after warm-up
     flip: bool = True  # horizontal flip of half of the training samples
@@ -169,7 +169,7 @@ def sample_block_size(grid: tuple[int, int, int], scale: float, generator: torch
 
 
 def multiblock_mask(grid: tuple[int, int, int], num_blocks: int, block_size: tuple[int, int]) -> Tensor:
-    """Blocks at random places of a frame: (rows, columns)."""
+    """Blocks at random positions in a frame: (rows, columns)."""
     _, rows, columns = grid
     height, width = block_size
     frame = torch.ones(rows, columns, dtype=torch.bool)
@@ -461,7 +461,7 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim).requires_grad_(False)  # unused in the published code too, but in its files
+        self.proj = nn.Linear(dim, dim).requires_grad_(False)  # in the published files, never used
 
     def forward(self, query: Tensor, x: Tensor) -> Tensor:
         q = self.q(query).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, 1, D/heads)
