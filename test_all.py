@@ -3160,7 +3160,8 @@ def test_every_command_of_the_readme_runs(folder, videos, published_files, monke
 
     monkeypatch.setattr(data, "open_sources", open_short_sources)
     image, clip = next((folder / "test/coffee").glob("*.png")), videos / "val/darker/clip0"
-    stands_for = {"photo.jpg": image, "clip.mp4": clip, "IMAGES": folder, "/shared/runs/mae": "runs/shared"}
+    stands_for = {"photo.jpg": image, "clip.mp4": clip, "IMAGES": folder, "PHOTOS": folder / "test",
+                  "/shared/runs/mae": "runs/shared"}
     generator = np.random.default_rng(0)
     for channels, split, name in itertools.product((8, 10), ("train", "val"), ("field", "lake")):
         Path(f"bands{channels}", split, name).mkdir(parents=True)
