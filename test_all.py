@@ -3491,7 +3491,7 @@ def test_a_large_file_is_no_list(tmp_path):
 # such as pytorchvideo and torch._six, is replaced by mocks: nothing of it is used here.
 
 # PUBLISHED=DIR PUBLISHED_STEPS=300 pytest -q test_all.py -k "published_code and (training or table)"
-# trains for 300 steps instead of 20, and draws the losses of both in parity.png, which needs matplotlib (6 minutes).
+# trains for 300 steps instead of 20, and draws the losses of both in parity.png, which needs matplotlib (2 to 6 minutes).
 
 PUBLISHED = os.environ.get("PUBLISHED")
 STEPS = int(os.environ.get("PUBLISHED_STEPS", 20))  # of training: a multiple of 20
